@@ -2,9 +2,9 @@
 
     out_i = sum_j softmax_j(scale <q_i, k_j>) v_j        (arXiv 1706.03762, Eq. 1)
 
-Every query sees every key of its example, so the shape of the grid does not matter and is flattened.
-Queries may share keys and values within groups of heads (arXiv 2305.13245). Masks and positional
-biases are left out: they belong to attention functions of their own.
+Every query sees every key of its example, so the shape of the grid does not matter and is
+flattened. Queries may share keys and values within groups of heads (arXiv 2305.13245). Masks and
+positional biases are left out: they belong to attention functions of their own.
 """
 
 import math
@@ -21,24 +21,24 @@ def dense_attention(
     *,
     scale: float | None = None,
 ) -> Float[Array, "batch *query_grid heads value_dim"]:
-    """Lets every query attend to every key of the same example.
+    """Let every query attend to every key of the same example.
 
     Logits and softmax are computed in float32 (float64 when the inputs are), whatever the inputs'
     precision: in bfloat16 a softmax over many keys loses the small weights.
 
     Args:
-      query: `[batch, *grid, heads, head_dim]`, a grid of rank one or more.
-      key: `[batch, *key_grid, kv_heads, head_dim]`; the grid may differ from the query's in shape
-        and rank (cross attention). `heads` is a multiple of `kv_heads`: query head `h` reads
-        key-value head `h // (heads / kv_heads)`.
-      value: `[batch, *key_grid, kv_heads, value_dim]`.
-      scale: factor of the logits, `1 / sqrt(head_dim)` by default.
+        query: `[batch, *grid, heads, head_dim]`, a grid of rank one or more.
+        key: `[batch, *key_grid, kv_heads, head_dim]`; the grid may differ from the query's in shape
+            and rank (cross attention). `heads` is a multiple of `kv_heads`: query head `h` reads
+            key-value head `h // (heads / kv_heads)`.
+        value: `[batch, *key_grid, kv_heads, value_dim]`.
+        scale: factor of the logits, `1 / sqrt(head_dim)` by default.
 
     Returns:
-      `[batch, *grid, heads, value_dim]` in the query's dtype.
+        `[batch, *grid, heads, value_dim]` in the query's dtype.
 
     Raises:
-      ValueError: when shapes or dtypes do not fit together.
+        ValueError: when shapes or dtypes do not fit together.
     """
     _check(query, key, value)
     batch, *grid, heads, head_dim = query.shape
@@ -57,7 +57,7 @@ def dense_attention(
 
 
 def _check(query: Array, key: Array, value: Array) -> None:
-    """Raises a ValueError unless the three arrays form one attention problem."""
+    """Raise a ValueError unless the three arrays form one attention problem."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim < 4:
             raise ValueError(
