@@ -1,0 +1,66 @@
+"""From a network and its variables to the one form of denoiser that samplers know.
+
+`denoiser` evaluates a linen module under a Gaussian process; `change_process` restates a denoiser
+in another process, exactly, so that any network runs under any sampler's favourite coordinates.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, PyTree
+
+from genjax_lab.processes.gaussian import GaussianProcess, expand, same_noise_level
+from genjax_lab.samplers.base import Denoiser
+
+
+def denoiser(network: nn.Module, variables: PyTree, process: GaussianProcess) -> Denoiser:
+    """A memoryless denoiser: x_0_hat = c_skip x + c_out network(c_in x, c_noise, condition).
+
+    Args:
+      network: called as `network.apply(variables, c_in x, c_noise [batch], condition)`.
+      variables: the module's variables, e.g. {"params": ...}.
+      process: the process that the network was trained under.
+    """
+    return Denoiser(
+        predict=Partial(_apply_network, network, process, variables),
+        process=process,
+        memory=(),
+        evaluations=one_evaluation,
+    )
+
+
+def one_evaluation(t: Array) -> Array:
+    """The cost of a prediction that evaluates the network once."""
+    del t
+    return jnp.int32(1)
+
+
+def change_process(denoise: Denoiser, process: GaussianProcess) -> Denoiser:
+    """Restates a denoiser in the coordinates of another process, at equal signal-to-noise ratio.
+
+    Args:
+      denoise: the denoiser to restate.
+      process: the process that the returned denoiser's `x` and `t` belong to; its times must have
+        alpha(t) > 0.
+    """
+    return denoise._replace(
+        predict=Partial(_predict_in_process, denoise.predict, denoise.process, process),
+        process=process,
+        evaluations=Partial(_evaluations_in_process, denoise.evaluations, denoise.process, process),
+    )
+
+
+def _apply_network(network, process, variables, memory, x, t, condition):
+    t = jnp.broadcast_to(t, x.shape[:1])
+    scaled = expand(process.c_in(t), x) * x
+    output = network.apply(variables, scaled, process.c_noise(t), condition)
+    return process.to_data(output.astype(x.dtype), x, t), memory
+
+
+def _predict_in_process(predict, inner, outer, memory, x, t, condition):
+    s, scale = same_noise_level(outer, inner, jnp.asarray(t))
+    return predict(memory, expand(scale, x) * x, s, condition)
+
+
+def _evaluations_in_process(evaluations, inner, outer, t):
+    return evaluations(same_noise_level(outer, inner, jnp.asarray(t))[0])
