@@ -172,14 +172,17 @@ def same_noise_level(
     Args:
       source: the process that `t` is a time of.
       target: the process to move to.
-      t: times of `source`, with alpha(t) > 0.
+      t: times of `source`; where alpha(t) = 0, `target` must reach alpha = 0 too.
 
     Returns:
       (s, scale) with equal signal-to-noise ratio: if x_t follows `source` then scale * x_t follows
       `target` at time s.
     """
     s = target.time_of_log_snr(source.log_snr(t))
-    return s, target.alpha(s) / source.alpha(t)
+    # The ratio of alphas and that of sigmas are equal; this form needs neither to be positive.
+    return s, jnp.hypot(target.alpha(s), target.sigma(s)) / jnp.hypot(
+        source.alpha(t), source.sigma(t)
+    )
 
 
 @functools.cache
@@ -311,8 +314,9 @@ def vp_from_betas(
       weighting: the kind whose squared error is uniform; `prediction` if None.
 
     Returns:
-      A process whose time is the model's integer step n = 0..T-1 (the network is told n); between
-      steps log(sigma/alpha) is interpolated linearly. Training times are the integers.
+      A process in which step n = 0..T-1 of the model is time t = n + 1, since time 0 is clean data
+      (the network is told n = t - 1). Between steps log(sigma/alpha) is interpolated linearly,
+      below time 1 sigma/alpha is proportional to t. Training times are the integers 1..T.
     """
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or len(betas) < 2 or not np.all((betas > 0) & (betas < 1)):
@@ -324,25 +328,29 @@ def vp_from_betas(
 def _vp_from_betas(betas: tuple[float, ...], prediction: str, weighting: str) -> GaussianProcess:
     log_alpha_squared = np.cumsum(np.log1p(-np.asarray(betas)))
     log_snr = log_alpha_squared - np.log(-np.expm1(log_alpha_squared))
-    steps = np.arange(len(betas), dtype=np.float32)
+    steps = np.arange(1, len(betas) + 1, dtype=np.float32)
     table = log_snr.astype(np.float32)
 
     def of_time(t):
-        return jnp.interp(t, steps, table)
+        return jnp.interp(t, steps, table) - 2 * jnp.log(jnp.minimum(t, 1))
+
+    def inverse(value):
+        below_one = jnp.exp(jnp.minimum(table[0] - value, 0) / 2)
+        return jnp.interp(value, table[::-1], steps[::-1]) * below_one
 
     return GaussianProcess(
         name=f"vp_discrete_{len(betas)}",
         alpha=lambda t: jnp.sqrt(jax.nn.sigmoid(of_time(t))),
         sigma=lambda t: jnp.sqrt(jax.nn.sigmoid(-of_time(t))),
-        time_of_log_snr=lambda value: jnp.interp(value, table[::-1], steps[::-1]),
-        t_min=0.0,
-        t_max=float(len(betas) - 1),
+        time_of_log_snr=inverse,
+        t_min=1.0,
+        t_max=float(len(betas)),
         prediction=prediction,
         weighting=weighting,
         sigma_data=1.0,
         scale_input=False,
-        c_noise=_identity,
-        sample_time=lambda key, shape: jax.random.randint(key, shape, 0, len(betas)).astype(
+        c_noise=lambda t: t - 1,
+        sample_time=lambda key, shape: jax.random.randint(key, shape, 1, len(betas) + 1).astype(
             jnp.float32
         ),
     )
@@ -440,9 +448,10 @@ def _cosine_schedule(offset: float = 0.008, largest_angle: float = 0.9999):
         return jnp.cos(angle(t)) / math.cos(start)
 
     def sigma(t):
-        # cos^2(start) - cos^2(angle) = sin(angle - start) sin(angle + start), free of cancellation.
-        a = angle(t)
-        return jnp.sqrt(jnp.sin(a - start) * jnp.sin(a + start)) / math.cos(start)
+        # With angle = start + turn: cos^2(start) - cos^2(angle) = sin(turn) sin(turn + 2 start),
+        # free of cancellation and 0 at time 0.
+        turn = t / (1 + offset) * math.pi / 2
+        return jnp.sqrt(jnp.sin(turn) * jnp.sin(turn + 2 * start)) / math.cos(start)
 
     def inverse(log_snr):
         # sigma/alpha = s gives sin^2(angle) = (s^2 + sin^2(start)) / (1 + s^2).
