@@ -9,21 +9,43 @@ from genjax_lab.samplers.base import (
     SharedState,
     sample,
 )
+from genjax_lab.samplers.batches import sample_batches
+from genjax_lab.samplers.ddim import ddim
+from genjax_lab.samplers.ddpm import ddpm
 from genjax_lab.samplers.denoising import change_process, denoiser
+from genjax_lab.samplers.dpm_solver import dpm_solver_pp_2m, sde_dpm_solver_pp_2m
+from genjax_lab.samplers.dpm_solver_v3 import dpm_solver_v3
+from genjax_lab.samplers.guidance import autoguidance, classifier_free
 from genjax_lab.samplers.heun import euler, heun
+from genjax_lab.samplers.model_statistics import (
+    ModelStatistics,
+    data_prediction_statistics,
+    estimate_statistics,
+)
 from genjax_lab.samplers.schedules import time_steps
 
 __all__ = [
     "Denoiser",
     "ExampleState",
+    "ModelStatistics",
     "SampleInfo",
     "Sampler",
     "SamplerState",
     "SharedState",
+    "autoguidance",
     "change_process",
+    "classifier_free",
+    "data_prediction_statistics",
+    "ddim",
+    "ddpm",
     "denoiser",
+    "dpm_solver_pp_2m",
+    "dpm_solver_v3",
+    "estimate_statistics",
     "euler",
     "heun",
     "sample",
+    "sample_batches",
+    "sde_dpm_solver_pp_2m",
     "time_steps",
 ]

@@ -137,8 +137,8 @@ def sample(
       key: a typed key; example i uses `fold_in(key, seeds[i])`.
       shape: [batch, ...] of the samples.
       condition: pytree of arrays with a leading batch axis, handed to the network.
-      seeds: non-negative integers that name the examples; 0 .. batch-1 if None.
-      initial: an iterate to start from in place of the sampler's own.
+      seeds: integers in [0, 2^32) that name the examples; 0 .. batch-1 if None.
+      initial: an iterate at the sampler's first time, to start from in place of its own.
       mesh: shards the batch over the mesh's "data" and "fsdp" axes.
       trajectory: whether to return every iterate and prediction (memory grows with num_steps).
 
@@ -146,7 +146,8 @@ def sample(
       The samples and a `SampleInfo`.
 
     Raises:
-      ValueError: if a leading axis is not the batch size, or the mesh does not divide it.
+      ValueError: if a leading axis is not the batch size, the mesh does not divide it, or a seed
+        is out of range.
     """
     if not shape or shape[0] < 1:
         raise ValueError(f"shape is {shape}; it needs a positive batch size in front")
@@ -163,7 +164,9 @@ def sample(
         raise ValueError(f"initial has shape {np.shape(initial)}; it must be {shape}")
     if trajectory and sampler.finished is not None:
         raise ValueError("trajectory=True needs a sampler with a fixed number of steps")
-    keys = example_keys(key, jnp.asarray(seeds))
+    if not np.issubdtype(seeds.dtype, np.integer) or seeds.min() < 0 or seeds.max() >= 2**32:
+        raise ValueError(f"seeds must be integers in [0, 2^32), not {seeds.dtype} {seeds}")
+    keys = example_keys(key, jnp.asarray(seeds, jnp.uint32))
     if mesh is not None:
         keys, condition, initial = _shard((keys, condition, initial), mesh, shape[0])
     leaves, structure = jax.tree_util.tree_flatten(sampler)
@@ -180,7 +183,8 @@ def _run(arrays, keys, condition, initial, static, structure, shape, trajectory)
     sampler: Sampler = jax.tree_util.tree_unflatten(structure, leaves)
     state = sampler.init(step_keys(keys, 0), shape, condition)
     if initial is not None:
-        state = state._replace(example=state.example._replace(sample=jnp.asarray(initial)))
+        initial = jnp.asarray(initial, state.sample.dtype)
+        state = state._replace(example=state.example._replace(sample=initial))
 
     def advance(state: SamplerState) -> tuple[SamplerState, Any]:
         prediction, state = sampler.predict(state)

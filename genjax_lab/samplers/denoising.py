@@ -2,15 +2,22 @@
 
 `denoiser` evaluates a linen module under a Gaussian process; `change_process` restates a denoiser
 in another process, exactly, so that any network runs under any sampler's favourite coordinates.
+The rest is what every sampler of a Gaussian process starts from and evaluates by.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from genjax_lab.processes.gaussian import GaussianProcess, expand, same_noise_level
-from genjax_lab.samplers.base import Denoiser
+from genjax_lab.samplers.base import (
+    Denoiser,
+    ExampleState,
+    SamplerState,
+    SharedState,
+    normal_like,
+)
 
 
 def denoiser(network: nn.Module, variables: PyTree, process: GaussianProcess) -> Denoiser:
@@ -48,6 +55,38 @@ def change_process(denoise: Denoiser, process: GaussianProcess) -> Denoiser:
         process=process,
         evaluations=Partial(_evaluations_in_process, denoise.evaluations, denoise.process, process),
     )
+
+
+def initial_state(
+    denoise: Denoiser,
+    t: Float[Array, ""],
+    keys: Key[Array, "batch"],
+    shape: tuple[int, ...],
+    condition: PyTree,
+) -> SamplerState:
+    """Pure noise at time t, sigma(t) N(0, I), in the precision of the time grid."""
+    noise = normal_like(keys, jnp.zeros(shape, t.dtype))
+    return SamplerState(
+        ExampleState(denoise.process.sigma(t) * noise, condition),
+        SharedState(jnp.int32(0), denoise.memory, jnp.int32(0)),
+    )
+
+
+def evaluate(
+    denoise: Denoiser, state: SamplerState, t: Float[Array, ""]
+) -> tuple[Array, SamplerState]:
+    """The denoiser's estimate of x_0 at the current iterate, and the state that counts its cost."""
+    shared = state.shared
+    x0, memory = denoise.predict(shared.memory, state.sample, t, state.example.condition)
+    evaluations = shared.evaluations + denoise.evaluations(t)
+    return x0, state._replace(shared=shared._replace(memory=memory, evaluations=evaluations))
+
+
+def predict_at(
+    denoise: Denoiser, times: Float[Array, "num_steps+1"], state: SamplerState
+) -> tuple[Array, SamplerState]:
+    """`evaluate` at the time of the current step."""
+    return evaluate(denoise, state, times[state.step])
 
 
 def _apply_network(network, process, variables, memory, x, t, condition):

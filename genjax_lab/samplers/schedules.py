@@ -55,3 +55,20 @@ def time_steps(
     else:
         log_snr = ends[0] + fraction * (ends[1] - ends[0])
     return jnp.append(process.time_of_log_snr(log_snr), 0.0)
+
+
+def resolve_times(
+    process: GaussianProcess,
+    num_steps: int,
+    spacing: str,
+    times: Float[Array, "num_steps+1"] | None,
+) -> Float[Array, "num_steps+1"]:
+    """The grid that a sampler was given, checked, or the one that it asked for by name."""
+    if times is None:
+        return time_steps(process, num_steps, spacing=spacing)
+    times = jnp.asarray(times, float)
+    if times.shape != (num_steps + 1,):
+        raise ValueError(f"times has shape {times.shape}; it must be ({num_steps + 1},)")
+    if not bool(jnp.all(times[:-1] > times[1:])) or not bool(times[-1] >= 0):
+        raise ValueError("times must decrease strictly and not fall below 0")
+    return times
