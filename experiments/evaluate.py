@@ -1,0 +1,61 @@
+"""Evaluates a checkpoint; its path is all that is needed.
+
+    python -m experiments.evaluate --checkpoint=DIR [--step=best] [--metrics=frechet,...]
+
+As papers do, the metrics are computed for several ranges of seeds, of which the minimum is
+reported; the value of fresh seeds, on which nothing was chosen, stands beside it. Writes
+<checkpoint>/evaluation.json.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import ml_collections
+from absl import app, flags
+
+import experiments
+from experiments.launch import connect, quiet_libraries
+from genjax_lab import evaluation
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", required=True)
+_STEP = flags.DEFINE_string("step", None, "Which checkpoint: a number or 'best'; default the last.")
+_METRICS = flags.DEFINE_list("metrics", None, "Metrics; default those of the config.")
+_RANGES = flags.DEFINE_integer(
+    "seed_ranges", 3, "Ranges of seeds to take the minimum of.", lower_bound=2
+)
+_NUM = flags.DEFINE_integer("num", None, "Samples in a range; default that of the config.")
+_OUT = flags.DEFINE_string("out", None, "Where to write the JSON file.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    quiet_libraries()
+    connect()
+
+    experiment, restored = experiments.from_checkpoint(_CHECKPOINT.value, _STEP.value)
+    num = _NUM.value or ml_collections.ConfigDict(restored.config).evaluation.num_samples
+    ranges = [range(i * num, (i + 1) * num) for i in range(_RANGES.value + 1)]
+    values = [
+        experiment.evaluate(restored.state, seeds=seeds, metrics=_METRICS.value, progress=True)
+        for seeds in ranges
+    ]
+    result = {"checkpoint": str(_CHECKPOINT.value), "step": restored.step, "num_samples": num}
+    for metric in values[0]:
+        if metric != "num_samples":
+            by_range = dict(zip(ranges, (value[metric] for value in values), strict=True))
+            fresh = {ranges[-1]: by_range.pop(ranges[-1])}
+            result |= evaluation.seed_range_summary(by_range, fresh, metric=metric)
+    if jax.process_index() == 0:
+        out = Path(_OUT.value or Path(_CHECKPOINT.value) / "evaluation.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+        print(json.dumps(result, indent=2))
+        if "frechet_fresh" in result:
+            print(f"Frechet distance (fresh seeds): {result['frechet_fresh']:.3f}")
+        print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,40 @@
+"""Samples from a checkpoint; its path is all that is needed.
+
+    python -m experiments.sample --checkpoint=runs/digits_edm --num=80 --out=samples.png
+
+The kind of file follows from --out: for images .png is a grid under a row of real images and .npz
+the arrays. Sample i is a function of the weights and of seed i, so --first=1000 --num=1000
+continues --num=1000.
+"""
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import experiments
+from experiments.launch import connect, quiet_libraries
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", required=True)
+_STEP = flags.DEFINE_string("step", None, "Which checkpoint: a number or 'best'; default the last.")
+_NUM = flags.DEFINE_integer("num", 80, "How many samples.", lower_bound=1)
+_FIRST = flags.DEFINE_integer("first", 0, "Seed of the first sample.", lower_bound=0)
+_OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    quiet_libraries()
+    connect()
+    experiment, restored = experiments.from_checkpoint(_CHECKPOINT.value, _STEP.value)
+    seeds = range(_FIRST.value, _FIRST.value + _NUM.value)
+    samples = np.concatenate(
+        [part for _, part in experiment.sample(restored.state, seeds, progress=True)]
+    )
+    if jax.process_index() == 0:
+        experiment.write(samples, _OUT.value)
+        print(f"{len(samples)} samples of step {restored.step} written to {_OUT.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)
