@@ -1,0 +1,1 @@
+"""One config per launch: what it follows, the command, the time it takes, the result."""

@@ -113,8 +113,8 @@ def make_network(config: ml_collections.ConfigDict) -> Any:
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Adam, or AdamW where there is weight decay, under the schedule of `config.optimizer`.
 
-    Schedules: "constant", "cosine" (to 0 at num_steps), or "inverse_sqrt" (arXiv 2312.02696, Eq. 67:
-    rate / sqrt(max(step / decay_steps, 1))); all with linear warm-up.
+    Schedules: "constant", "cosine" (to 0 at num_steps), or "inverse_sqrt" (arXiv 2312.02696,
+    Eq. 67: rate / sqrt(max(step / decay_steps, 1))); all with linear warm-up.
     """
     fields = dict(config.optimizer)
     rate, warmup = fields.pop("learning_rate"), fields.pop("warmup_steps")
@@ -126,15 +126,14 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     elif schedule == "inverse_sqrt":
         if decay_steps is None:
             raise ValueError("config.optimizer.schedule='inverse_sqrt' needs decay_steps")
-        main = lambda step: (
-            rate
-            / jax.numpy.sqrt(  # noqa: E731
-                jax.numpy.maximum((step + warmup) / decay_steps, 1.0)
-            )
-        )
+
+        def main(step):
+            return rate / jax.numpy.sqrt(jax.numpy.maximum((step + warmup) / decay_steps, 1.0))
+
     else:
         raise ValueError(
-            f"config.optimizer.schedule is {schedule!r}; it must be constant, cosine or inverse_sqrt"
+            f"config.optimizer.schedule is {schedule!r}; it must be constant, cosine or "
+            "inverse_sqrt"
         )
     ramp = optax.linear_schedule(0.0, rate, warmup) if warmup else None
     joined = optax.join_schedules([ramp, main], [warmup]) if warmup else main
@@ -186,7 +185,7 @@ class _Judge:
         key: jax.Array | None = None,
         progress: bool = False,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (seeds, uint8 images) in batches; a sample depends on weights, key and seed only."""
+        """Yields (seeds, uint8 images); a sample depends on weights, key and its seed only."""
         config = self._config
         denoise = samplers.denoiser(
             self._network, state.variables(config.evaluation.ema), self._process
