@@ -36,4 +36,5 @@ def from_checkpoint(directory: str, step: int | str | None = None) -> tuple[Expe
     """
     step = int(step) if isinstance(step, str) and step.isdigit() else step
     restored = restore(directory, step)
-    return build(restored.config), restored
+    mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # of these devices, whatever the run's were
+    return build(restored.config | {"mesh": mesh}), restored

@@ -2,7 +2,8 @@
 
 Beside the loop's fields (`genjax_lab.training.default_config`) a config has
 
-  data        name, split, image_shape, num_classes, and what else `make_loader` takes
+  data        name, split, image_shape, num_classes; flip; resolution (crops and resizes), and what
+              else `make_loader` takes
   process     name in genjax_lab.processes and its arguments
   network     name in genjax_lab.networks and its arguments
   optimizer   learning_rate, warmup_steps, schedule, and Adam's arguments
@@ -83,7 +84,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         init=lambda key: _init(network, config, key),
         objective=denoising(network.apply, process, log_variance=log_variance),
         optimizer=make_optimizer(config),
-        batches=lambda state: _batches(config),
+        batches=lambda state: _loader(config, config.data.split, config.batch_size),
         evaluate=judge.evaluate,
         sample=judge.sample,
         write=judge.write,
@@ -155,17 +156,30 @@ def _init(network: Any, config: ml_collections.ConfigDict, key: jax.Array) -> An
     )
 
 
-def _batches(config: ml_collections.ConfigDict) -> Any:
+def _loader(config: ml_collections.ConfigDict, split: str, batch_size: int, **options: Any) -> Any:
+    """The batches of a split; checks that the data are those that the network is built for."""
     fields = config.data.to_dict()
     shape, num_classes = tuple(fields.pop("image_shape")), fields.pop("num_classes")
-    info = data.dataset_info(fields["name"], fields.get("data_dir"))
-    if (info.image_shape, info.num_classes) != (shape, num_classes) and num_classes:
+    resolution, flip = fields.pop("resolution", None), fields.pop("flip", False)
+    name = fields.pop("name")
+    fields.pop("split")
+    info = data.dataset_info(name, fields.get("data_dir"))
+    found = info.image_shape if resolution is None else shape
+    if found != shape or (num_classes and info.num_classes != num_classes):
         raise ValueError(
             f"config.data says image_shape={shape} and num_classes={num_classes}; the data set "
             f"{info.name!r} has {info.image_shape} and {info.num_classes}"
         )
     return data.make_loader(
-        fields.pop("name"), fields.pop("split"), config.batch_size, config.seed, **fields
+        name,
+        split,
+        batch_size,
+        config.seed,
+        preprocess=functools.partial(data.center_crop, resolution=resolution)
+        if resolution
+        else None,
+        transforms=(data.horizontal_flip,) if flip and "transforms" not in options else (),
+        **(fields | options),
     )
 
 
@@ -235,31 +249,41 @@ class _Judge:
 
     def write(self, samples: np.ndarray, path: str | Path) -> None:
         """Writes uint8 samples: .npz as arrays, .png as a grid under a row of real images."""
-        real = self._real_images[0][: 2 * self._config.data.num_classes or 20]
-        write_images(
-            samples,
-            path,
-            real=data.quantize(real, self._info()),
-            max_value=self._info().max_value,
-        )
+        real = next(iter(self._real_batches()))["image"][:20]
+        info = self._info()
+        write_images(samples, path, real=data.quantize(real, info), max_value=info.max_value)
 
-    @functools.cached_property
-    def _real_images(self) -> tuple[np.ndarray, np.ndarray]:
+    def _real_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """The reference split once, in order."""
         settings = self._config.evaluation
-        return data.read_split(self._config.data.name, settings.reference_split)
+        return _loader(
+            self._config,
+            settings.reference_split,
+            settings.batch_size,
+            num_epochs=1,
+            shuffle=False,
+            drop_remainder=False,
+            transforms=(),
+            shard_index=0,
+            shard_count=1,
+        )
 
     @functools.cached_property
     def _extractor(self) -> evaluation.FeatureExtractor:
         settings = self._config.evaluation
         if settings.features != "classifier":
             return evaluation.inception_features(settings.features)
-        images, labels = self._real_images
+        batches = list(self._real_batches())
+        images, labels = (
+            np.concatenate([batch[name] for batch in batches]) for name in ("image", "label")
+        )
         cache_dir = Path(settings.cache_dir).expanduser()
         return evaluation.classifier_features(images, labels, cache_dir=cache_dir)
 
     @functools.cached_property
     def _reference(self) -> np.ndarray:
-        return self._extractor.apply(self._real_images[0])
+        images = (batch["image"] for batch in self._real_batches())
+        return evaluation.extract_features(images, self._extractor, quantize=None)
 
 
 def _next_multiple(count: int, mesh: jax.sharding.Mesh) -> int:
