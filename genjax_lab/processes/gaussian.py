@@ -454,10 +454,14 @@ def _cosine_schedule(offset: float = 0.008, largest_angle: float = 0.9999):
         return jnp.sqrt(jnp.sin(turn) * jnp.sin(turn + 2 * start)) / math.cos(start)
 
     def inverse(log_snr):
-        # sigma/alpha = s gives sin^2(angle) = (s^2 + sin^2(start)) / (1 + s^2).
-        signal = jax.nn.sigmoid(log_snr)
-        sine = jnp.sqrt((1 - signal) + signal * math.sin(start) ** 2)
+        # cos(angle) = alpha cos(start), and `sigma` read backwards gives the sine of the turn.
+        signal, noise = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
         cosine = jnp.sqrt(signal) * math.cos(start)
-        return jnp.arctan2(sine, cosine) * (1 + offset) * 2 / math.pi - offset
+        sine = jnp.sqrt(noise + signal * math.sin(start) ** 2)
+        sine_turn = (
+            noise * math.cos(start) ** 2 / (sine * math.cos(start) + cosine * math.sin(start))
+        )
+        cosine_turn = cosine * math.cos(start) + sine * math.sin(start)
+        return jnp.arctan2(sine_turn, cosine_turn) * (1 + offset) * 2 / math.pi
 
     return alpha, sigma, inverse, largest_angle
