@@ -7,8 +7,7 @@ published checkpoints with the dot after "enc" and "dec" replaced by an undersco
 preconditioning belongs to `genjax_lab.processes`, the latents' statistics to the data.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -25,6 +24,8 @@ from genjax_lab.networks.magnitude_preserving import (
     mp_sum,
     normalize_magnitude,
 )
+from genjax_lab.networks.resampling import downsample, upsample
+from genjax_lab.networks.unet_block import AttentionFunction, check_unet_input, drop_labels
 
 # Channels and dropout of arXiv 2312.02696, Table 6, for both ImageNet-64 and ImageNet-512.
 _SIZES = {
@@ -46,7 +47,7 @@ class EDM2Block(nn.Module):
     Attributes:
         features: number of output channels.
         flavor: "enc" or "dec".
-        resample: "keep", "down" (mean of 2x2 pixels) or "up" (nearest neighbour).
+        mode: "keep", "down" (mean of 2x2 pixels) or "up" (nearest neighbour).
         num_heads: number of attention heads; 0 for no attention.
         dropout: probability of dropping an activation of the residual branch.
         res_balance: share of the residual branch, in [0, 1].
@@ -58,13 +59,13 @@ class EDM2Block(nn.Module):
 
     features: int
     flavor: str
-    resample: str = "keep"
+    mode: str = "keep"
     num_heads: int = 0
     dropout: float = 0.0
     res_balance: float = 0.3
     attn_balance: float = 0.3
     clip_act: float | None = 256.0
-    attention: Callable[[Array, Array, Array], Array] = dense_attention
+    attention: AttentionFunction = dense_attention
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -75,7 +76,10 @@ class EDM2Block(nn.Module):
         train: bool = False,
     ) -> Float[Array, "batch out_height out_width features"]:
         """Apply the block; `train` turns dropout on."""
-        x = _resample(x, self.resample)
+        if self.mode == "down":
+            x = downsample(x, (1, 1))
+        elif self.mode == "up":
+            x = upsample(x, (1, 1))
         reshapes = x.shape[-1] != self.features
         if self.flavor == "enc":
             if reshapes:
@@ -113,24 +117,12 @@ class EDM2Block(nn.Module):
         return self._conv("attn_proj", 1)(out.reshape(x.shape))
 
 
-def _resample(x: Array, mode: str) -> Array:
-    """Keep the resolution, halve it by means of 2x2 pixels, or double it by repetition."""
-    match mode:
-        case "keep":
-            return x
-        case "down":
-            return nn.avg_pool(x, (2, 2), strides=(2, 2))
-        case "up":
-            return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    raise ValueError(f"resample must be 'keep', 'down' or 'up', got {mode!r}.")
-
-
 class _Stage(NamedTuple):
-    """One block of the plan: its name, width, resampling, and whether it attends."""
+    """One block of the plan: its name, width, change of resolution, and whether it attends."""
 
     name: str
     features: int
-    resample: str = "keep"
+    mode: str = "keep"
     attends: bool = False
 
 
@@ -155,6 +147,7 @@ class EDM2UNet(nn.Module):
         attn_resolutions: resolutions at which blocks attend.
         channels_per_head: channels of an attention head; widths below it have no attention.
         dropout: probability of dropping an activation of a residual branch.
+        label_dropout: probability of dropping an example's class in training, for guidance.
         label_balance: share of the class in the embedding, in [0, 1].
         concat_balance: share of the encoder's skip connection in the decoder's input, in [0, 1].
         res_balance: share of the residual branch in a block, in [0, 1].
@@ -177,40 +170,16 @@ class EDM2UNet(nn.Module):
     attn_resolutions: tuple[int, ...] = (16, 8)
     channels_per_head: int = 64
     dropout: float = 0.0
+    label_dropout: float = 0.0
     label_balance: float = 0.5
     concat_balance: float = 0.5
     res_balance: float = 0.3
     attn_balance: float = 0.3
     clip_act: float | None = 256.0
     logvar_channels: int = 128
-    attention: Callable[[Array, Array, Array], Array] = dense_attention
+    attention: AttentionFunction = dense_attention
     remat: bool = False
     dtype: DTypeLike = jnp.float32
-
-    @classmethod
-    def preset(cls, size: str, **overrides) -> Self:
-        """Make a network of the paper, for 64x64 pixels or for the latents of 512x512 images.
-
-        Both data sets have 1000 classes and 64x64 positions, so one network serves ImageNet-64
-        (3 channels) and ImageNet-512 (4 channels).
-
-        Args:
-            size: "XS", "S", "M", "L", "XL" or "XXL" (125M, 280M, 498M, 778M, 1119M, 1523M).
-            **overrides: attributes that replace those of the preset.
-
-        Raises:
-            ValueError: for an unknown size.
-        """
-        if size not in _SIZES:
-            raise ValueError(f"size must be one of {sorted(_SIZES)}, got {size!r}.")
-        channels, dropout = _SIZES[size]
-        preset = {
-            "resolution": 64,
-            "num_classes": 1000,
-            "model_channels": channels,
-            "dropout": dropout,
-        }
-        return cls(**(preset | overrides))
 
     def setup(self) -> None:
         """Declare the uncertainty head, which `__call__` and `logvar` share."""
@@ -243,7 +212,7 @@ class EDM2UNet(nn.Module):
             x: scaled noisy images (`c_in x`, of unit magnitude), NHWC.
             c_noise: noise level, `ln(sigma) / 4` in EDM2.
             labels: integers (`num_classes` for no class), label vectors, or None for no class.
-            train: whether dropout is on (rng "dropout").
+            train: whether dropout of activations and labels is on (rng "dropout").
 
         Returns:
             The raw output `F`, float32.
@@ -251,8 +220,11 @@ class EDM2UNet(nn.Module):
         Raises:
             ValueError: when shapes do not fit the network.
         """
-        self._check(x, c_noise)
-        emb = self._embed(c_noise, labels, batch=x.shape[0])
+        check_unet_input(x, c_noise, None, levels=len(self.channel_mult), augment_dim=0)
+        vectors = class_vectors(labels, num_classes=self.num_classes, batch=x.shape[0])
+        if train and vectors is not None and self.label_dropout:
+            vectors = drop_labels(self.make_rng("dropout"), vectors, self.label_dropout)
+        emb = self._embed(c_noise, vectors)
         encoder, decoder = self._plan()
         out_channels = self.out_channels or x.shape[-1]
 
@@ -275,18 +247,7 @@ class EDM2UNet(nn.Module):
             self.logvar(c_noise)  # creates the head's parameters
         return out.astype(jnp.float32)
 
-    def _check(self, x: Array, c_noise: Array) -> None:
-        """Raise a ValueError unless the inputs fit the network."""
-        multiple = 2 ** (len(self.channel_mult) - 1)
-        if x.ndim != 4 or x.shape[1] % multiple or x.shape[2] % multiple:
-            raise ValueError(
-                "x must be [batch, height, width, channels] with height and width divisible by "
-                f"{multiple}, got shape {x.shape}."
-            )
-        if c_noise.shape != x.shape[:1]:
-            raise ValueError(f"c_noise must have shape {x.shape[:1]}, got {c_noise.shape}.")
-
-    def _embed(self, c_noise: Array, labels: Array | None, *, batch: int) -> Array:
+    def _embed(self, c_noise: Array, vectors: Array | None) -> Array:
         """Embed noise level and class, in float32."""
         first = self.channel_mult[0]
         noise_mult = first if self.channel_mult_noise is None else self.channel_mult_noise
@@ -296,7 +257,6 @@ class EDM2UNet(nn.Module):
 
         fourier = MPFourier(noise_mult * self.model_channels, name="emb_fourier")
         emb = MPConv(features, name="emb_noise")(fourier(c_noise))
-        vectors = class_vectors(labels, num_classes=self.num_classes, batch=batch)
         if vectors is not None:
             # A one-hot vector has magnitude 1 / sqrt(num_classes).
             unit_vectors = vectors * self.num_classes**0.5
@@ -341,7 +301,7 @@ class EDM2UNet(nn.Module):
         return block(
             features=stage.features,
             flavor=flavor,
-            resample=stage.resample,
+            mode=stage.mode,
             num_heads=stage.features // self.channels_per_head if stage.attends else 0,
             dropout=self.dropout,
             res_balance=self.res_balance,
@@ -351,3 +311,28 @@ class EDM2UNet(nn.Module):
             dtype=self.dtype,
             name=stage.name,
         )
+
+
+def edm2_imagenet(size: str, **overrides: Any) -> EDM2UNet:
+    """Make a network of the paper, for ImageNet-64 pixels or the latents of 512x512 images.
+
+    Both have 1000 classes and 64x64 positions, so one network serves 3 and 4 channels.
+
+    Args:
+        size: "XS", "S", "M", "L", "XL" or "XXL": 125M, 280M, 498M, 778M, 1119M, 1523M parameters
+            (arXiv 2312.02696, Table 6).
+        **overrides: attributes of `EDM2UNet` that replace those of the preset.
+
+    Raises:
+        ValueError: for an unknown size.
+    """
+    if size not in _SIZES:
+        raise ValueError(f"size must be one of {list(_SIZES)}, got {size!r}.")
+    channels, dropout = _SIZES[size]
+    preset = {
+        "resolution": 64,
+        "num_classes": 1000,
+        "model_channels": channels,
+        "dropout": dropout,
+    }
+    return EDM2UNet(**(preset | overrides))

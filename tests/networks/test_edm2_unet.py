@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from genjax_lab.attention import dense_attention
-from genjax_lab.networks.edm2_unet import EDM2UNet
+from genjax_lab.networks.edm2_unet import EDM2UNet, edm2_imagenet
 from genjax_lab.networks.magnitude_preserving import normalize_weights
 
 ARCHITECTURE = {
@@ -81,7 +81,7 @@ def small_step(small, random_variables):
 )
 def test_presets_have_the_papers_parameter_counts(size, channels, millions):
     shapes = jax.eval_shape(
-        EDM2UNet.preset(size).init,
+        edm2_imagenet(size).init,
         jax.random.key(0),
         jnp.zeros((1, 64, 64, channels)),
         jnp.zeros(1),
@@ -263,8 +263,8 @@ def test_dropout_needs_training_and_depends_on_its_key(small, small_step):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"x": jnp.zeros((2, 8, 8))}, "x must be"),
-        ({"x": jnp.zeros((2, 7, 8, 2))}, "divisible by 2"),
+        ({"x": jnp.zeros((2, 8, 8))}, "x must have"),
+        ({"x": jnp.zeros((2, 7, 8, 2))}, "multiples of 2"),
         ({"c_noise": jnp.zeros((2, 1))}, "c_noise"),
         ({"c_noise": jnp.zeros(3)}, "c_noise"),
         ({"labels": jnp.zeros((2, 1), jnp.int32)}, "labels"),
@@ -282,4 +282,4 @@ def test_unconditional_network_refuses_labels_and_unknown_sizes_are_named():
     with pytest.raises(ValueError, match="unconditional"):
         jax.eval_shape(EDM2UNet(resolution=8).init, jax.random.key(0), *inputs())
     with pytest.raises(ValueError, match="XXXL"):
-        EDM2UNet.preset("XXXL")
+        edm2_imagenet("XXXL")
