@@ -12,6 +12,7 @@ from genjax_lab.training.ema import (
 from genjax_lab.training.experiment import BatchIterator, Experiment
 from genjax_lab.training.loop import train
 from genjax_lab.training.metric_log import read_metrics
+from genjax_lab.training.posthoc import restore_posthoc
 from genjax_lab.training.restoration import Restored, restore, restore_config
 from genjax_lab.training.state import TrainState
 from genjax_lab.training.step import TrainStep, make_train_step
@@ -33,5 +34,6 @@ __all__ = [
     "read_metrics",
     "restore",
     "restore_config",
+    "restore_posthoc",
     "train",
 ]
