@@ -166,9 +166,21 @@ def test_a_hostile_pickle_is_refused_and_not_run(function, wrap, tmp_path):
 @pytest.mark.parametrize(
     "program",
     [
-        # Sets attributes of an admitted call, as a pickle may of any object it names.
         b"\x80\x02ccollections\nOrderedDict\n(N}X\x08\x00\x00\x00functionNstb.",
         b"\x80\x02ctorch._utils\n_rebuild_parameter\n}X\x08\x00\x00\x00functionNsb.",
+        b"\x80\x02ctorch\nFloatStorage\n}X\x04\x00\x00\x00nameX\x01\x00\x00\x00asb.",
+    ],
+)
+def test_a_pickle_cannot_set_attributes_of_what_it_names(program, tmp_path):
+    path = tmp_path / "hostile.pkl"
+    path.write_bytes(program)
+    with pytest.raises(ValueError, match="the file tries to change"):
+        load_arrays(path)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
         # Instantiates an admitted name as if it were a class.
         b"\x80\x02cnumpy\nndarray\n)\x81.",
         b"\x80\x02cnumpy\nndarray\n)R.",
