@@ -98,7 +98,7 @@ def _find(directory: str | os.PathLike, step: int | str | None) -> tuple[Path, i
 def _open(directory: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         directory,
-        options=ocp.CheckpointManagerOptions(read_only=True),
+        options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False),
         item_handlers={
             "state": ocp.PyTreeCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
@@ -184,10 +184,14 @@ def _advice(directory: Path, earlier: list[int]) -> str:
 
 
 def _check_structure(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    lacking, surplus = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+    def parameters_first(names: set[str]) -> list[str]:
+        return sorted(names, key=lambda name: (not name.startswith("params/"), name))
+
+    lacking = parameters_first(set(wanted) - set(stored))
+    surplus = parameters_first(set(stored) - set(wanted))
     other = [
         f"{name}: {stored[name]} stored, {wanted[name]} wanted"
-        for name in sorted(set(stored) & set(wanted))
+        for name in parameters_first(set(stored) & set(wanted))
         if stored[name] != wanted[name]
     ]
     if lacking or surplus or other:
