@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from genjax_lab.networks.embeddings import FourierEmbedding
 from genjax_lab.networks.labels import class_vectors
+from genjax_lab.networks.unet_block import drop_labels
 
 
 class ResidualMLP(nn.Module):
@@ -69,9 +70,8 @@ class ResidualMLP(nn.Module):
             FourierEmbedding(32, scale=1.0, name="fourier")(c_noise)
         )
         if classes is not None:
-            drop = nn.Dropout(self.label_dropout, broadcast_dims=(1,), deterministic=not train)
-            # Dropout rescales what it keeps; a class vector stays one-hot.
-            classes = drop(classes) * (1 - self.label_dropout if train else 1.0)
+            if train and self.label_dropout:
+                classes = drop_labels(self.make_rng("dropout"), classes, self.label_dropout)
             condition = condition + nn.Dense(self.width, use_bias=False, name="label")(classes)
         condition = nn.silu(
             nn.Dense(self.width, dtype=self.dtype, name="embed")(nn.silu(condition))

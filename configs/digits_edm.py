@@ -1,0 +1,33 @@
+"""Digits, class-conditional EDM (arXiv 2206.00364) with a residual MLP: minutes on a laptop.
+
+    python -m experiments.train --config=configs/digits_edm.py --workdir=runs/digits_edm
+"""
+
+import ml_collections
+
+from experiments import images
+from genjax_lab.training import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.update(images.default_config())
+    config.process = {
+        "name": "edm",
+        "sigma_min": 0.01,
+        "sigma_max": 20.0,
+        "log_sigma_mean": -1.0,
+        "log_sigma_std": 1.2,
+    }
+    config.network = {"name": "ResidualMLP", "width": 256, "num_blocks": 4}
+    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 200, "schedule": "cosine"})
+    config.batch_size = 256
+    config.num_steps = 6_000
+    config.steps_per_call = 50
+    config.log_every = 100
+    config.checkpoint_every = 2_000
+    config.ema = {"ema": {"half_life_images": 100_000.0, "rampup_ratio": 0.05}}
+    config.progress = True
+    config.evaluation.update({"num_samples": 5_000, "batch_size": 1_000})
+    config.evaluation.reference_split = "train+test"
+    return config

@@ -1,0 +1,1 @@
+"""Speed as a ratio against a peer, measured side by side in one process."""
