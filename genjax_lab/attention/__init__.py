@@ -5,6 +5,12 @@ receive such a function as an attribute, so one attention is swapped for another
 network.
 """
 
+from collections.abc import Callable
+
+from jaxtyping import Array
+
 from genjax_lab.attention.dense import dense_attention
 
-__all__ = ["dense_attention"]
+__all__ = ["AttentionFunction", "dense_attention"]
+
+AttentionFunction = Callable[[Array, Array, Array], Array]

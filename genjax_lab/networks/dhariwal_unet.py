@@ -16,15 +16,13 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from genjax_lab.attention import dense_attention
+from genjax_lab.attention import AttentionFunction, dense_attention
 from genjax_lab.networks.embeddings import positional_embedding
-from genjax_lab.networks.labels import class_vectors
+from genjax_lab.networks.labels import class_vectors, drop_labels
 from genjax_lab.networks.unet_block import (
-    AttentionFunction,
     BlockInitializers,
     UNetBlock,
     check_unet_input,
-    drop_labels,
     group_norm,
 )
 

@@ -16,10 +16,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from genjax_lab.attention import dense_attention
+from genjax_lab.attention import AttentionFunction, dense_attention
 from genjax_lab.networks.embeddings import positional_embedding
-from genjax_lab.networks.labels import class_vectors
-from genjax_lab.networks.unet_block import AttentionFunction, drop_labels
+from genjax_lab.networks.labels import class_vectors, drop_labels
 
 # Width, depth and number of heads of arXiv 2212.09748, Table 1.
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from genjax_lab.attention import dense_attention
-from genjax_lab.networks.labels import class_vectors
+from genjax_lab.attention import AttentionFunction, dense_attention
+from genjax_lab.networks.labels import class_vectors, drop_labels
 from genjax_lab.networks.magnitude_preserving import (
     MPConv,
     MPFourier,
@@ -25,7 +25,7 @@ from genjax_lab.networks.magnitude_preserving import (
     normalize_magnitude,
 )
 from genjax_lab.networks.resampling import downsample, upsample
-from genjax_lab.networks.unet_block import AttentionFunction, check_unet_input, drop_labels
+from genjax_lab.networks.unet_block import check_unet_input
 
 # Channels and dropout of arXiv 2312.02696, Table 6, for both ImageNet-64 and ImageNet-512.
 _SIZES = {

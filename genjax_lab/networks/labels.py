@@ -7,7 +7,7 @@ means "no class", the convention of EDM (arXiv 2206.00364).
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 def class_vectors(
@@ -51,3 +51,11 @@ def class_vectors(
             f"label vectors must have shape ({batch}, {num_classes}), got {labels.shape}."
         )
     return labels.astype(jnp.float32)
+
+
+def drop_labels(
+    key: PRNGKeyArray, vectors: Float[Array, "batch num_classes"], rate: float
+) -> Float[Array, "batch num_classes"]:
+    """Replace the label of each example by zeros (no class) with probability `rate`."""
+    keep = jax.random.bernoulli(key, 1 - rate, (vectors.shape[0], 1))
+    return vectors * keep

@@ -12,8 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from genjax_lab.networks.embeddings import FourierEmbedding
-from genjax_lab.networks.labels import class_vectors
-from genjax_lab.networks.unet_block import drop_labels
+from genjax_lab.networks.labels import class_vectors, drop_labels
 
 
 class ResidualMLP(nn.Module):

@@ -15,17 +15,15 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from genjax_lab.attention import dense_attention
+from genjax_lab.attention import AttentionFunction, dense_attention
 from genjax_lab.networks.embeddings import FourierEmbedding, positional_embedding
-from genjax_lab.networks.labels import class_vectors
+from genjax_lab.networks.labels import class_vectors, drop_labels
 from genjax_lab.networks.resampling import check_filter, downsample, upsample
 from genjax_lab.networks.unet_block import (
-    AttentionFunction,
     BlockInitializers,
     PointwiseConv,
     UNetBlock,
     check_unet_input,
-    drop_labels,
     group_norm,
 )
 

@@ -10,16 +10,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
-from genjax_lab.attention import dense_attention
+from genjax_lab.attention import AttentionFunction, dense_attention
 from genjax_lab.networks.resampling import downsample, upsample
-
-AttentionFunction = Callable[[Array, Array, Array], Array]
 
 
 class BlockInitializers(NamedTuple):
@@ -79,14 +76,6 @@ def group_norm(channels: int, *, epsilon: float, dtype: DTypeLike, name: str) ->
         )
     # The fast variance, E[x^2] - E[x]^2, cancels where a mean is large against its deviation.
     return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
-
-
-def drop_labels(
-    key: PRNGKeyArray, vectors: Float[Array, "batch num_classes"], rate: float
-) -> Float[Array, "batch num_classes"]:
-    """Replace the label of each example by zeros (no class) with probability `rate`."""
-    keep = jax.random.bernoulli(key, 1 - rate, (vectors.shape[0], 1))
-    return vectors * keep
 
 
 def check_unet_input(
