@@ -1,10 +1,11 @@
 """The one form in which networks read class labels."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax_lab.networks.labels import class_vectors
+from genjax_lab.networks.labels import class_vectors, drop_labels
 
 
 def test_integers_become_one_hot_and_the_number_of_classes_means_none():
@@ -37,3 +38,12 @@ def test_without_labels_nobody_has_a_class():
 def test_labels_that_do_not_fit_are_refused(labels, num_classes, match):
     with pytest.raises(ValueError, match=match):
         class_vectors(labels, num_classes=num_classes, batch=2)
+
+
+def test_dropping_labels_clears_whole_rows_at_the_given_rate():
+    vectors = jnp.full((4000, 3), 0.5)
+    out = drop_labels(jax.random.key(0), vectors, 0.25)
+    kept = np.asarray((out == vectors).all(axis=1))
+    np.testing.assert_array_equal(out[~kept], 0.0)
+    # Four standard deviations of a binomial share: a false alarm once in 15 000 keys.
+    assert abs((~kept).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 4000)
