@@ -4,8 +4,8 @@ The squared error is taken in the network's own output space, where it is
 
     loss_weight(t) ||x_0_hat - x_0||^2 = loss_weight(t) c_out(t)^2 ||output - target||^2,
 
-which avoids the cancellation of c_skip x against x_0; for EDM the factor is exactly 1 (Eq. 8 there).
-Label dropout and dropout are the network's; augmentation belongs to the data.
+so that nothing is weighted where the network is scored in its own space, as in EDM (Eq. 8). Label
+dropout and dropout are the network's; augmentation is `genjax_lab.objectives.augmented`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from genjax_lab.processes.gaussian import GaussianProcess
+from genjax_lab.processes.gaussian import GaussianProcess, expand
 
 Objective = Callable[
     [PyTree, Mapping[str, Array], PRNGKeyArray], tuple[Float[Array, ""], dict[str, Array]]
@@ -38,16 +38,18 @@ def denoising(
 
     Returns:
       An objective of batches {"image": [batch, ...] float32, "label": [batch] int32, optional,
-      "augment_label": [batch, augment_dim], optional}; its metrics are "loss" and, where
-      `log_variance` is given, "unweighted_loss". Squared errors are means over dimensions.
+      "augment_label": [batch, augment_dim], optional}, the last given to the network as
+      `augment_labels`. Squared errors are means over dimensions. It has one metric where
+      `log_variance` is given, the "unweighted_loss". It raises ValueError for a batch without
+      "image", or whose images are not floats with a batch axis and others.
     """
 
     def objective(variables, batch, key):
-        clean = batch["image"]
+        clean = _clean_images(batch)
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
         t = process.sample_time(time_key, clean.shape[:1])
         noisy = process.diffuse(clean, t, jax.random.normal(noise_key, clean.shape, clean.dtype))
-        scaled = noisy * process.c_in(t).reshape((-1,) + (1,) * (clean.ndim - 1))
+        scaled = noisy * expand(process.c_in(t), noisy)
         augmented = {}
         if "augment_label" in batch:
             augmented["augment_labels"] = batch["augment_label"]
@@ -62,11 +64,10 @@ def denoising(
         )
         errors = squared_error(process, output, clean, noisy, t)
         if log_variance is None:
-            loss = jnp.mean(errors)
-            return loss, {"loss": loss}
+            return jnp.mean(errors), {}
         uncertainty = log_variance(variables, process.c_noise(t))
         loss = jnp.mean(errors * jnp.exp(-uncertainty) + uncertainty)
-        return loss, {"loss": loss, "unweighted_loss": jnp.mean(errors)}
+        return loss, {"unweighted_loss": jnp.mean(errors)}
 
     return objective
 
@@ -78,9 +79,34 @@ def squared_error(
     noisy: Float[Array, "batch *dims"],
     t: Float[Array, "batch"],
 ) -> Float[Array, "batch"]:
-    """Each example's weighted squared error, averaged over its dimensions, in float32."""
+    """Each example's weighted squared error, averaged over its dimensions, in float32.
+
+    Raises:
+      ValueError: if the output has another shape than the images.
+    """
+    if output.shape != clean.shape:
+        raise ValueError(
+            f"the network's output has shape {list(output.shape)}, its images {list(clean.shape)}; "
+            "it must predict as many channels as it sees"
+        )
     residual = output.astype(jnp.float32) - process.from_data(clean, noisy, t)
     errors = jnp.mean(residual**2, axis=tuple(range(1, clean.ndim)))
     if process.weighting == process.prediction:
         return errors
     return errors * process.loss_weight(t) * process.coefficients(t)[1] ** 2
+
+
+def _clean_images(batch: Mapping[str, Array]) -> Array:
+    if "image" not in batch:
+        raise ValueError(f'batch must have the entry "image", got {sorted(batch)}')
+    images = jnp.asarray(batch["image"])
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"batch['image'] must be floating point with values in [-1, 1], got {images.dtype}"
+        )
+    if images.ndim < 2 or not images.size:
+        raise ValueError(
+            "batch['image'] must be [batch, height, width, channels] (or [batch, ...] with another "
+            f"number of axes) and not empty, got {list(images.shape)}"
+        )
+    return images
