@@ -6,6 +6,9 @@ Beside the loop's fields (`genjax_lab.training.default_config`) a config has
               else `make_loader` takes
   process     name in genjax_lab.processes and its arguments
   network     name in genjax_lab.networks and its arguments
+  augmentation
+              probability of each of EDM's transforms, which need a network with augment_dim=9;
+              None for no augmentation
   optimizer   learning_rate, warmup_steps, schedule, and Adam's arguments
   sampler     name in genjax_lab.samplers and its arguments
   guidance    scale of classifier-free guidance (1: none), interval of times or None
@@ -24,10 +27,12 @@ import jax
 import ml_collections
 import numpy as np
 import optax
+from ml_collections.config_dict import placeholder
 
 from experiments.pictures import write_images
 from genjax_lab import data, evaluation, networks, processes, samplers
-from genjax_lab.objectives import denoising
+from genjax_lab.objectives import Objective, augmented, denoising, edm_augmentation
+from genjax_lab.objectives.augmentation import NUM_AUGMENT_LABELS
 from genjax_lab.parallel import make_mesh
 from genjax_lab.training import Experiment, TrainState
 
@@ -45,6 +50,7 @@ def default_config() -> ml_collections.ConfigDict:
             },
             "process": {"name": "edm"},
             "network": {"name": "DiT"},
+            "augmentation": placeholder(float),
             "optimizer": {
                 "learning_rate": 1e-3,
                 "warmup_steps": 100,
@@ -76,13 +82,10 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     """
     network = make_network(config)
     process = construct(processes, config.process, "process")
-    log_variance = None
-    if isinstance(network, networks.EDM2UNet):
-        log_variance = functools.partial(network.apply, method="logvar")
     judge = _Judge(config, network, process)
     return Experiment(
         init=lambda key: _init(network, config, key),
-        objective=denoising(network.apply, process, log_variance=log_variance),
+        objective=make_objective(config, network, process),
         optimizer=make_optimizer(config),
         batches=lambda state: _loader(config, config.data.split, config.batch_size),
         evaluate=judge.evaluate,
@@ -109,6 +112,26 @@ def make_network(config: ml_collections.ConfigDict) -> Any:
     """The network of a config, told the number of classes of its data."""
     fields = {"num_classes": config.data.num_classes, **config.network}
     return construct(networks, fields, "network")
+
+
+def make_objective(config: ml_collections.ConfigDict, network: Any, process: Any) -> Objective:
+    """Denoising, with EDM2's uncertainty head where there is one, under `config.augmentation`."""
+    log_variance = None
+    if isinstance(network, networks.EDM2UNet):
+        log_variance = functools.partial(network.apply, method="logvar")
+    objective = denoising(network.apply, process, log_variance=log_variance)
+    if not config.data.num_classes:
+        objective = _without_labels(objective)
+    probability = config.get("augmentation")
+    if probability is None:
+        return objective
+    if getattr(network, "augment_dim", 0) != NUM_AUGMENT_LABELS:
+        raise ValueError(
+            f"config.augmentation={probability} needs a network that is told of it: one "
+            f"with augment_dim={NUM_AUGMENT_LABELS}, such as SongUNet; got {config.network.name} "
+            f"with augment_dim={getattr(network, 'augment_dim', 'absent')}"
+        )
+    return augmented(objective, edm_augmentation(probability))
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -144,6 +167,15 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     return optax.adamw(joined, **fields)
 
 
+def _without_labels(objective: Objective) -> Objective:
+    """An unconditional network takes none, but every data set of the loader has them."""
+
+    def unconditional(variables, batch, key):
+        return objective(variables, {n: v for n, v in batch.items() if n != "label"}, key)
+
+    return unconditional
+
+
 def _hashable(value: Any) -> Any:
     return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value
 
@@ -170,16 +202,10 @@ def _loader(config: ml_collections.ConfigDict, split: str, batch_size: int, **op
             f"config.data says image_shape={shape} and num_classes={num_classes}; the data set "
             f"{info.name!r} has {info.image_shape} and {info.num_classes}"
         )
+    crop = functools.partial(data.center_crop, resolution=resolution) if resolution else None
+    fields["transforms"] = (data.horizontal_flip,) if flip else ()
     return data.make_loader(
-        name,
-        split,
-        batch_size,
-        config.seed,
-        preprocess=functools.partial(data.center_crop, resolution=resolution)
-        if resolution
-        else None,
-        transforms=(data.horizontal_flip,) if flip and "transforms" not in options else (),
-        **(fields | options),
+        name, split, batch_size, config.seed, preprocess=crop, **(fields | options)
     )
 
 
