@@ -6,3 +6,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says so if comparisons with the original packages were left out."""
+    skipped = [
+        report
+        for report in terminalreporter.stats.get("skipped", [])
+        if "oracle" in getattr(report, "keywords", {})
+    ]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} comparisons with original packages were skipped; "
+            "`make oracles` installs what they need."
+        )

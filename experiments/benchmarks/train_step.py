@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,10 +19,10 @@ import optax
 import torch
 from absl import app, flags
 
-from experiments.benchmarks import torch_networks
+from experiments.benchmarks.cases import CASES, Case
 from experiments.benchmarks.interleaved import interleaved_seconds
 from experiments.launch import quiet_libraries
-from genjax_lab import networks, processes
+from genjax_lab import processes
 from genjax_lab.objectives import denoising
 from genjax_lab.training import half_life_ema, make_train_step
 
@@ -32,59 +31,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed repetitions of each side.",
 _OUT = flags.DEFINE_string("out", "experiments/results/train_step.json", "Where the table goes.")
 
 SIGMA_DATA = 0.5
-
-
-class Case(NamedTuple):
-    """A network on both sides, and how it is run.
-
-    Attributes:
-      network: ours.
-      twin: makes PyTorch's.
-      image_shape: [height, width, channels].
-      batch_size: images in a step.
-      steps: optimiser steps in one timed call.
-    """
-
-    network: Any
-    twin: Callable[[], torch.nn.Module]
-    image_shape: tuple[int, int, int]
-    batch_size: int
-    steps: int
-
-
-CASES = {
-    "mlp": Case(
-        networks.ResidualMLP(num_classes=10, width=256, num_blocks=4),
-        lambda: torch_networks.ResidualMLP(64, num_classes=10, width=256, num_blocks=4),
-        (8, 8, 1),
-        256,
-        50,
-    ),
-    "dit": Case(
-        networks.DiT(num_classes=10, hidden_size=128, depth=4, num_heads=4, patch_size=4),
-        lambda: torch_networks.DiT(
-            (28, 28, 1), num_classes=10, width=128, num_blocks=4, num_heads=4, patch_size=4
-        ),
-        (28, 28, 1),
-        64,
-        5,
-    ),
-    "unet": Case(
-        networks.SongUNet(
-            resolution=28,
-            num_classes=10,
-            model_channels=32,
-            channel_mult=(1, 2),
-            num_blocks=1,
-            attn_resolutions=(14,),
-            dropout=0.0,
-        ),
-        lambda: torch_networks.song_unet(28, 10, 32, (1, 2), 1, (14,)),
-        (28, 28, 1),
-        32,
-        2,
-    ),
-}
 
 
 def our_program(case: Case, images: np.ndarray, labels: np.ndarray) -> Callable[[], None]:

@@ -167,7 +167,7 @@ def make_train_step(
 
     def init(variables: Variables, key: PRNGKeyArray) -> TrainState:
         variables = _check_variables(variables)
-        key_data = np.asarray(jax.random.key_data(key))
+        key_data = _to_host(jax.random.key_data(key))
 
         def place(variables: Variables, key_data: Array) -> TrainState:
             impl = jax.random.key_impl(key)
@@ -274,8 +274,13 @@ def _check_variables(variables: Variables) -> dict[str, PyTree]:
                 f"variables['params']{jax.tree_util.keystr(path)} is {leaf.dtype}; parameters are "
                 "kept in float32, use compute_dtype for cheaper arithmetic"
             )
-    # On the host: arrays that are committed to one device cannot enter a computation on others.
-    return jax.tree.map(np.asarray, variables)
+    return jax.tree.map(_to_host, variables)
+
+
+def _to_host(array: Array) -> np.ndarray | Array:
+    # Arrays that are committed to one device cannot enter a computation on others. Under
+    # `jax.eval_shape`, which describes models too large for this machine, nothing is to be moved.
+    return array if isinstance(array, jax.core.Tracer) else np.asarray(array)
 
 
 def _check_batches(batches: PyTree, steps_per_call: int, batch_size: int) -> None:

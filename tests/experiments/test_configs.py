@@ -1,0 +1,81 @@
+"""Every config builds its experiment; the full-size ones are the papers' sizes, without running."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import configs
+import experiments
+from genjax_lab.training import default_config, make_train_step
+from genjax_lab.training.config import resolve_config
+from genjax_lab.training.ema import ema_from_config
+
+NAMES = sorted(
+    path.stem for path in Path(configs.__file__).parent.glob("*.py") if path.stem != "__init__"
+)
+# Millions of parameters as published: arXiv 2206.00364 (Table 7), arXiv 2312.02696 (Table 2).
+PUBLISHED = {"cifar10_edm": 55.7, "imagenet64_edm": 296.0, "imagenet512_edm2": 280.0}
+
+
+def load(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_holds_what_the_loop_reads_and_builds_an_experiment(name):
+    config = load(name)
+    resolve_config(config)
+    assert set(default_config()) <= set(config)
+    experiments.build(config)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_full_size_train_step_has_the_published_size_and_keeps_its_shapes(name):
+    config = load(name)
+    experiment = experiments.build(config)
+    variables = jax.eval_shape(experiment.init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert count / 1e6 == pytest.approx(PUBLISHED[name], rel=0.01)
+
+    train = make_train_step(
+        experiment.objective,
+        experiment.optimizer,
+        batch_size=config.batch_size,
+        ema=ema_from_config(config.ema.to_dict()),
+        project=experiment.project,
+    )
+    state = jax.eval_shape(train.init, variables, jax.random.key(0))
+    batches = {
+        "image": jax.ShapeDtypeStruct(
+            (1, config.batch_size, *config.data.image_shape), jnp.float32
+        ),
+        "label": jax.ShapeDtypeStruct((1, config.batch_size), jnp.int32),
+    }
+    after, metrics = jax.eval_shape(train.step, state, batches)
+    assert metrics["loss"].shape == (1,)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("domain", "sculptures", "images"),
+        ("network.name", "Perceptron", "ResidualMLP"),
+        ("network.name", "annotations", "ResidualMLP"),
+        ("network.depth_of_field", 3, "depth_of_field"),
+        ("process.name", "poisson", "edm"),
+        ("optimizer.schedule", "step", "cosine"),
+    ],
+)
+def test_unknown_names_say_what_there_is(path, value, message):
+    config = load("digits_edm")
+    with config.unlocked():
+        section, _, field = path.rpartition(".")
+        (config[section] if section else config)[field] = value
+    with pytest.raises(ValueError, match=message):
+        experiments.build(config)
