@@ -1,4 +1,6 @@
-"""Variables for networks without compiling their initialisers, which is what takes longest."""
+"""What keeps compilation, which takes nearly all of these tests' time, short."""
+
+import functools
 
 import jax
 import numpy as np
@@ -6,10 +8,22 @@ import pytest
 
 
 @pytest.fixture(scope="session")
+def quick_jit():
+    """Return `jax.jit` that compiles about five times faster, for functions that run once."""
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    }
+    return functools.partial(jax.jit, compiler_options=options)
+
+
+@pytest.fixture(scope="session")
 def random_variables():
     """Return `fill(module, *inputs, scale)`: every variable of the module, drawn by NumPy.
 
-    Unlike initial values these are nowhere zero, so that every parameter has an effect.
+    Initialisers are only traced, not compiled. Unlike initial values these are nowhere zero, so
+    that every parameter has an effect.
     """
 
     def fill(module, *inputs, scale=0.3, seed=0):

@@ -37,10 +37,10 @@ def variables(net, random_variables):
 
 
 @pytest.fixture(scope="module")
-def step():
+def step(quick_jit):
     """Compiled `((loss, output), gradients)` of a module."""
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(quick_jit, static_argnums=0)
     def step(module, variables, args):
         def loss(variables):
             out = module.apply(variables, *args)
@@ -90,7 +90,7 @@ def test_the_patch_of_a_preset_sets_the_number_of_tokens(size, tokens):
 
 
 @pytest.mark.oracle
-def test_outputs_agree_with_diffusers():
+def test_outputs_agree_with_diffusers(quick_jit):
     torch = pytest.importorskip("torch", reason="run `make oracles` for comparisons with PyTorch")
     diffusers = pytest.importorskip("diffusers", reason="run `make oracles`")
 
@@ -126,7 +126,7 @@ def test_outputs_agree_with_diffusers():
         ).sample
     net = DiT(**ARCHITECTURE, out_channels=6)
     variables = {"params": params_from_diffusers(original.state_dict())}
-    out = jax.jit(net.apply)(variables, x, timesteps, labels)
+    out = quick_jit(net.apply)(variables, x, timesteps, labels)
     assert float(jnp.std(out)) > 0.1
     np.testing.assert_allclose(out, expected.permute(0, 2, 3, 1), atol=1e-4)
 
@@ -166,11 +166,11 @@ def params_from_diffusers(state):
     }
 
 
-def test_fresh_network_returns_zero_and_its_blocks_are_the_identity():
+def test_fresh_network_returns_zero_and_its_blocks_are_the_identity(quick_jit):
     x, c_noise, _ = inputs(height=4, width=4)
     net = DiT(**ARCHITECTURE | {"num_classes": 0, "depth": 1})
     key = jax.random.key(0, impl="rbg")  # compiles faster
-    run = jax.jit(functools.partial(net.init_with_output, capture_intermediates=True))
+    run = quick_jit(functools.partial(net.init_with_output, capture_intermediates=True))
     out, variables = run(key, x, c_noise)
     np.testing.assert_array_equal(out, 0.0)
     calls = variables["intermediates"]
@@ -240,10 +240,10 @@ def test_injected_attention_sees_the_grid_of_tokens(net, random_variables, scan)
     assert set(shapes) == {((2, 4, 2, 2, 8),) * 3}
 
 
-def test_labels_mean_the_same_in_every_form(net, variables, result):
+def test_labels_mean_the_same_in_every_form(net, variables, result, quick_jit):
     x, c_noise, labels = inputs()
     out, _ = result
-    apply = jax.jit(net.apply)
+    apply = quick_jit(net.apply)
     one_hot = jax.nn.one_hot(labels, 3)
     np.testing.assert_allclose(apply(variables, x, c_noise, one_hot), out, atol=1e-5)
     nobody = apply(variables, x, c_noise, jnp.zeros((2, 3)))
@@ -256,19 +256,21 @@ def test_labels_mean_the_same_in_every_form(net, variables, result):
     np.testing.assert_array_equal(again, nobody)
 
 
-def test_examples_do_not_see_each_other(net, variables, result):
-    each = jax.jit(jax.vmap(lambda *one: net.apply(variables, *[a[None] for a in one])[0]))
+def test_examples_do_not_see_each_other(net, variables, result, quick_jit):
+    each = quick_jit(jax.vmap(lambda *one: net.apply(variables, *[a[None] for a in one])[0]))
     np.testing.assert_allclose(each(*inputs()), result[0], atol=1e-5)
 
 
-def test_moving_patches_moves_the_output_only_because_of_positions(net, variables, monkeypatch):
+def test_moving_patches_moves_the_output_only_because_of_positions(
+    net, variables, monkeypatch, quick_jit
+):
     x, c_noise, labels = inputs(height=4, width=4)
 
     def swap(image):  # the two rows of patches
         return jnp.concatenate([image[:, 2:], image[:, :2]], axis=1)
 
     def moved_and_its_expectation():
-        both = jax.jit(lambda x: [net.apply(variables, i, c_noise, labels) for i in (x, swap(x))])
+        both = quick_jit(lambda x: [net.apply(variables, i, c_noise, labels) for i in (x, swap(x))])
         out, moved = both(x)
         return moved, swap(out)
 
@@ -279,38 +281,38 @@ def test_moving_patches_moves_the_output_only_because_of_positions(net, variable
     np.testing.assert_allclose(moved, expected, atol=1e-5)
 
 
-def test_bfloat16_computes_coarsely_and_returns_float32(net, variables, result):
-    coarse = jax.jit(net.clone(dtype=jnp.bfloat16).apply)(variables, *inputs())
+def test_bfloat16_computes_coarsely_and_returns_float32(net, variables, result, quick_jit):
+    coarse = quick_jit(net.clone(dtype=jnp.bfloat16).apply)(variables, *inputs())
     assert coarse.dtype == jnp.float32
     error = float(jnp.sqrt(jnp.mean((coarse - result[0]) ** 2) / jnp.mean(result[0] ** 2)))
     assert 1e-5 < error < 0.05
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_dropout_acts_in_training_and_depends_on_its_key(net, variables, result, scan):
+def test_dropout_acts_in_training_and_depends_on_its_key(net, variables, result, scan, quick_jit):
     args = inputs()
     variables = stack_blocks(variables) if scan else variables
     net = net.clone(dropout=0.5, scan=scan)
-    apply = jax.jit(lambda key: net.apply(variables, *args, train=True, rngs={"dropout": key}))
+    apply = quick_jit(lambda key: net.apply(variables, *args, train=True, rngs={"dropout": key}))
     first, again, other = (apply(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert float(jnp.abs(first - other).max()) > 1e-2
     assert float(jnp.abs(first - result[0]).max()) > 1e-2
 
 
-def test_dropped_labels_give_the_output_without_class(net, variables):
+def test_dropped_labels_give_the_output_without_class(net, variables, quick_jit):
     x, c_noise, labels = inputs()
     dropping = net.clone(label_dropout=1.0)
-    apply = jax.jit(dropping.apply, static_argnames="train")
+    apply = quick_jit(dropping.apply, static_argnames="train")
     rngs = {"dropout": jax.random.key(0)}
     dropped = apply(variables, x, c_noise, labels, train=True, rngs=rngs)
     null = apply(variables, x, c_noise, jnp.full(2, 3), train=False)
     np.testing.assert_allclose(dropped, null, atol=1e-5)
 
 
-def test_noise_scale_multiplies_the_noise_level(net, variables, result):
+def test_noise_scale_multiplies_the_noise_level(net, variables, result, quick_jit):
     x, c_noise, labels = inputs()
-    out = jax.jit(net.clone(noise_scale=100.0).apply)(variables, x, c_noise / 100, labels)
+    out = quick_jit(net.clone(noise_scale=100.0).apply)(variables, x, c_noise / 100, labels)
     np.testing.assert_allclose(out, result[0], atol=1e-3)
 
 

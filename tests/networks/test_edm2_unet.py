@@ -11,6 +11,7 @@ import pytest
 from genjax_lab.attention import dense_attention
 from genjax_lab.networks.edm2_unet import EDM2UNet, edm2_imagenet
 from genjax_lab.networks.magnitude_preserving import normalize_weights
+from genjax_lab.pretrained.edm import from_state_dict
 
 ARCHITECTURE = {
     "resolution": 8,
@@ -40,9 +41,9 @@ def variables(net, random_variables):
 
 
 @pytest.fixture(scope="module")
-def apply(net):
+def apply(net, quick_jit):
     """Compiled once for all tests: `(output, {"intermediates": ...})`."""
-    return jax.jit(functools.partial(net.apply, capture_intermediates=True))
+    return quick_jit(functools.partial(net.apply, capture_intermediates=True))
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +53,12 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def small_step(small, random_variables):
+def small_step(small, random_variables, quick_jit):
     """Variables of the small network and its compiled `((loss, output), gradients)`."""
     args = inputs(size=4)
     variables = random_variables(small, *args, scale=1.0)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(quick_jit, static_argnums=0)
     def step(module, variables):
         def loss(params):
             out = module.apply(variables | {"params": params}, *args)
@@ -118,7 +119,9 @@ def test_outputs_agree_with_the_torch_twin(net, apply):
             if name.endswith("gain"):
                 parameter.copy_(torch.randn(()))
     state = {name: tensor.numpy() for name, tensor in twin.state_dict().items()}
-    variables = variables_from_state(state)
+    config = ARCHITECTURE | {"model_type": "EDM2", "img_channels": 2}
+    config |= {"img_resolution": config.pop("resolution"), "label_dim": config.pop("num_classes")}
+    _, variables = from_state_dict(state, config)
     x, c_noise, labels = inputs()
     one_hot = np.eye(3, dtype=np.float32)[np.asarray(labels)]
     with torch.no_grad():
@@ -134,27 +137,11 @@ def test_outputs_agree_with_the_torch_twin(net, apply):
     np.testing.assert_allclose(ours, logvar, atol=1e-5)
 
 
-def variables_from_state(state):
-    """Rename and transpose a state dict of the original layout."""
-    variables = {"params": {}, "buffers": {}}
-    for name, array in state.items():
-        path = name.removeprefix("unet.").replace("enc.", "enc_").replace("dec.", "dec_").split(".")
-        collection = "buffers" if path[-1] in ("freqs", "phases") else "params"
-        if path[-1] == "weight":
-            path[-1] = "kernel"
-            array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-        node = variables[collection]
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = array
-    return variables
-
-
-def test_fresh_network_returns_zero(small):
+def test_fresh_network_returns_zero(small, quick_jit):
     x, c_noise, _ = inputs(size=4)
     least = small.clone(num_blocks=0, num_classes=0)
     key = jax.random.key(0, impl="rbg")  # compiles faster
-    out, variables = jax.jit(least.init_with_output)(key, x, c_noise)
+    out, variables = quick_jit(least.init_with_output)(key, x, c_noise)
     assert out.shape == x.shape
     np.testing.assert_array_equal(out, 0.0)
     assert variables["params"]["logvar_linear"]["kernel"].shape == (128, 1)
@@ -189,9 +176,9 @@ def test_labels_change_the_output_and_the_null_label_is_the_zero_vector(net, app
     np.testing.assert_array_equal(other, null)
 
 
-def test_examples_do_not_see_each_other(small, small_step):
+def test_examples_do_not_see_each_other(small, small_step, quick_jit):
     variables, _, ((_, out), _) = small_step
-    each = jax.jit(jax.vmap(lambda *one: small.apply(variables, *[a[None] for a in one])[0]))
+    each = quick_jit(jax.vmap(lambda *one: small.apply(variables, *[a[None] for a in one])[0]))
     np.testing.assert_allclose(each(*inputs(size=4)), out, atol=1e-5)
 
 
@@ -230,30 +217,32 @@ def test_injected_attention_is_used_on_the_grid(net, variables):
     assert shapes == [(2, 4, 4, 4, 8)] * 4
 
 
-def test_projection_after_an_update_does_not_change_the_function(apply, variables):
+def test_projection_after_an_update_does_not_change_the_function(apply, variables, quick_jit):
     args = inputs()
     scaled = jax.tree.map(lambda w: 3 * w if w.ndim else w, variables["params"])
     out, _ = apply(variables | {"params": scaled}, *args)
-    projected = jax.jit(normalize_weights)(scaled)
+    projected = quick_jit(normalize_weights)(scaled)
     assert float(jnp.abs(projected["out_conv"]["kernel"]).max()) < 5
     again, _ = apply(variables | {"params": projected}, *args)
     # Each of about a dozen layers in sequence differs by EPSILON at most.
     np.testing.assert_allclose(again, out, atol=2e-3 * float(jnp.abs(out).max()))
 
 
-def test_bfloat16_computes_coarsely_and_returns_float32(small, small_step):
+def test_bfloat16_computes_coarsely_and_returns_float32(small, small_step, quick_jit):
     variables, _, ((_, out), _) = small_step
-    coarse = jax.jit(small.clone(dtype=jnp.bfloat16).apply)(variables, *inputs(size=4))
+    coarse = quick_jit(small.clone(dtype=jnp.bfloat16).apply)(variables, *inputs(size=4))
     assert coarse.dtype == jnp.float32
     error = float(jnp.sqrt(jnp.mean((coarse - out) ** 2) / jnp.mean(out**2)))
     assert 1e-5 < error < 0.05
 
 
-def test_dropout_needs_training_and_depends_on_its_key(small, small_step):
+def test_dropout_needs_training_and_depends_on_its_key(small, small_step, quick_jit):
     variables, _, ((_, out), _) = small_step
     args = inputs(size=4)
     dropping = small.clone(dropout=0.5)
-    apply = jax.jit(lambda key: dropping.apply(variables, *args, train=True, rngs={"dropout": key}))
+    apply = quick_jit(
+        lambda key: dropping.apply(variables, *args, train=True, rngs={"dropout": key})
+    )
     first, again, other = (apply(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert float(jnp.abs(first - other).max()) > 1e-2

@@ -53,11 +53,11 @@ def test_concatenation_shares_the_squared_sum_whatever_the_channel_counts(balanc
 
 
 @pytest.mark.parametrize("kernel_size", [(), (1, 1), (3, 3)])
-def test_layer_keeps_unit_magnitude_whatever_the_size_of_its_kernel(kernel_size):
+def test_layer_keeps_unit_magnitude_whatever_the_size_of_its_kernel(kernel_size, quick_jit):
     layer = MPConv(64, kernel_size)
     x = normal(0, 8, 18, 18, 32)
     variables = {"params": {"kernel": 7 * normal(1, *kernel_size, 32, 64)}}
-    apply = jax.jit(layer.apply)
+    apply = quick_jit(layer.apply)
     for gain in (1.0, 0.25):
         out = apply(variables, x, gain)
         assert out.shape == (8, 18, 18, 64)
@@ -77,7 +77,7 @@ def test_normalised_zeros_stay_zero_with_finite_gradient():
     np.testing.assert_array_equal(grad, 0.0)
 
 
-def test_gradient_is_orthogonal_to_the_kernel():
+def test_gradient_is_orthogonal_to_the_kernel(quick_jit):
     layer = MPConv(8, (3, 3))
     x = normal(0, 4, 6, 6, 5)
     target = normal(2, 4, 6, 6, 8)
@@ -86,7 +86,7 @@ def test_gradient_is_orthogonal_to_the_kernel():
     def loss(params):
         return jnp.mean((layer.apply({"params": params}, x) - target) ** 2)
 
-    kernel, grad = params["kernel"], jax.jit(jax.grad(loss))(params)["kernel"]
+    kernel, grad = params["kernel"], quick_jit(jax.grad(loss))(params)["kernel"]
     cosine = jnp.sum(kernel * grad, (0, 1, 2)) / (
         jnp.linalg.norm(kernel.reshape(-1, 8), axis=0)
         * jnp.linalg.norm(grad.reshape(-1, 8), axis=0)

@@ -27,8 +27,8 @@ def variables(net, random_variables):
 
 
 @pytest.fixture(scope="module")
-def apply(net):
-    return jax.jit(net.apply)
+def apply(net, quick_jit):
+    return quick_jit(net.apply)
 
 
 def silu(x):
@@ -68,10 +68,10 @@ def test_agrees_with_its_equations(apply, variables):
     np.testing.assert_allclose(apply(variables, x, c_noise, labels), expected, atol=1e-5)
 
 
-def test_fresh_network_returns_zero_and_is_the_size_it_says(net):
+def test_fresh_network_returns_zero_and_is_the_size_it_says(net, quick_jit):
     args = inputs()
     key = jax.random.key(0, impl="rbg")  # compiles faster
-    out, variables = jax.jit(net.init_with_output)(key, *args)
+    out, variables = quick_jit(net.init_with_output)(key, *args)
     np.testing.assert_array_equal(out, 0.0)
     assert set(variables) == {"params", "buffers"}
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
@@ -81,34 +81,34 @@ def test_fresh_network_returns_zero_and_is_the_size_it_says(net):
     assert count == conditioning + (pixels + 1) * width + 2 * block + 2 * width + 17 * pixels
 
 
-def test_every_parameter_has_a_gradient(net, variables):
+def test_every_parameter_has_a_gradient(net, variables, quick_jit):
     def loss(params):
         return jnp.mean(jnp.sin(net.apply(variables | {"params": params}, *inputs())))
 
-    grads = jax.jit(jax.grad(loss))(variables["params"])
+    grads = quick_jit(jax.grad(loss))(variables["params"])
     assert min(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) > 0
 
 
-def test_examples_do_not_see_each_other(net, apply, variables):
-    each = jax.jit(jax.vmap(lambda *one: net.apply(variables, *[a[None] for a in one])[0]))
+def test_examples_do_not_see_each_other(net, apply, variables, quick_jit):
+    each = quick_jit(jax.vmap(lambda *one: net.apply(variables, *[a[None] for a in one])[0]))
     np.testing.assert_allclose(each(*inputs()), apply(variables, *inputs()), atol=1e-5)
 
 
-def test_bfloat16_computes_coarsely_and_returns_float32(net, apply, variables):
+def test_bfloat16_computes_coarsely_and_returns_float32(net, apply, variables, quick_jit):
     out = apply(variables, *inputs())
-    coarse = jax.jit(net.clone(dtype=jnp.bfloat16).apply)(variables, *inputs())
+    coarse = quick_jit(net.clone(dtype=jnp.bfloat16).apply)(variables, *inputs())
     assert coarse.dtype == jnp.float32
     error = float(jnp.sqrt(jnp.mean((coarse - out) ** 2) / jnp.mean(out**2)))
     assert 1e-5 < error < 0.05
 
 
-def test_dropout_of_activations_and_labels_acts_in_training_only(net, apply, variables):
+def test_dropout_of_activations_and_labels_acts_in_training_only(net, apply, variables, quick_jit):
     x, c_noise, labels = inputs()
     out = apply(variables, x, c_noise, labels)
 
     def train(net, seed):
         rngs = {"dropout": jax.random.key(seed)}
-        return jax.jit(lambda: net.apply(variables, x, c_noise, labels, train=True, rngs=rngs))()
+        return quick_jit(lambda: net.apply(variables, x, c_noise, labels, train=True, rngs=rngs))()
 
     dropped = train(net.clone(label_dropout=1.0), 0)
     np.testing.assert_allclose(dropped, apply(variables, x, c_noise, jnp.full(3, 3)), atol=1e-6)
