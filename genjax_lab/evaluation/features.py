@@ -129,12 +129,13 @@ def inception_features(path: str | Path, *, batch_size: int = 32) -> FeatureExtr
     `probabilities` leaves out the last layer's bias, as the original Inception score's code does.
 
     Args:
-        path: .safetensors or .npz export of the 2015-12-05 weights; see
+        path: .pth, .safetensors or .npz file of the 2015-12-05 weights; see
             `genjax_lab.pretrained.inception`.
         batch_size: images per evaluation of the network.
 
     Raises:
         ValueError: if the file cannot be read or is not this network.
+        FileNotFoundError: if there is no such file.
     """
     module, variables = inception.from_state_dict(inception.read_state_dict(path))
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()

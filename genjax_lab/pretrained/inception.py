@@ -1,8 +1,9 @@
 """The public Inception weights of the Frechet Inception distance, from an export file.
 
-Reads the state dictionary that the common PyTorch ports of the TensorFlow graph of 2015-12-05 share
-(names such as `Mixed_5b.branch1x1.conv.weight`), saved as .safetensors or .npz. The port is
-published as a pickle, which may run code when read; convert it once, in an environment with torch:
+Takes the state dictionary that the common PyTorch ports of the TensorFlow graph of 2015-12-05 share
+(names such as `Mixed_5b.branch1x1.conv.weight`). A .pth file is read by the restricted reader of
+`genjax_lab.pretrained.load_arrays`; one in PyTorch's older format, which that refuses, is converted
+once in an environment with torch:
 
     state = torch.load("weights-inception-2015-12-05-6726825d.pth", weights_only=True)
     state = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -11,17 +12,17 @@ published as a pickle, which may run code when read; convert it once, in an envi
 Each batch normalisation (epsilon 1e-3) is folded in float64 into the convolution before it.
 """
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from genjax_lab.networks.inception import InceptionV3
+from genjax_lab.pretrained.edm import read_export
+from genjax_lab.pretrained.unpickle import load_arrays
 
 _BATCH_NORM_EPSILON = 1e-3
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
@@ -72,30 +73,19 @@ def from_state_dict(
     return module, {"params": flax.traverse_util.unflatten_dict(params)}
 
 
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a .safetensors or .npz export by name.
+def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Return the arrays of a .pth, .safetensors or .npz file by name; runs none of its code.
 
     Raises:
-        ValueError: if the file does not exist, has another suffix, or cannot be read.
+        ValueError: if the file has another suffix, is damaged, or holds anything but arrays.
+        FileNotFoundError: if there is no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"path {path} is not a file; expected a .safetensors or .npz export")
-    if path.suffix not in (".safetensors", ".npz"):
-        raise ValueError(
-            f"path {path} ends in {path.suffix!r}; expected a .safetensors or .npz export (the "
-            "module's documentation shows how to make one)"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (SafetensorError, OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"path {path} cannot be read ({error}); it is truncated or no {path.suffix} file, "
-            "export it again"
-        ) from error
+    suffix = os.path.splitext(path)[1]
+    if suffix in (".safetensors", ".npz"):
+        return read_export(path).state_dict
+    if suffix == ".pth":
+        return load_arrays(path)
+    raise ValueError(f"path is {str(path)!r}; expected a .pth, .safetensors or .npz file")
 
 
 def _expected_tensors(
