@@ -151,7 +151,12 @@ def sample(
     """
     if not shape or shape[0] < 1:
         raise ValueError(f"shape is {shape}; it needs a positive batch size in front")
-    seeds = np.arange(shape[0]) if seeds is None else np.asarray(seeds)
+    if seeds is None:
+        seeds = np.arange(shape[0])
+    if not isinstance(seeds, jax.core.Tracer):
+        seeds = np.asarray(seeds)
+        if not np.issubdtype(seeds.dtype, np.integer) or seeds.min() < 0 or seeds.max() >= 2**32:
+            raise ValueError(f"seeds must be integers in [0, 2^32), not {seeds.dtype} {seeds}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(
         {"seeds": seeds, "condition": condition, "initial": initial}
     ):
@@ -164,8 +169,6 @@ def sample(
         raise ValueError(f"initial has shape {np.shape(initial)}; it must be {shape}")
     if trajectory and sampler.finished is not None:
         raise ValueError("trajectory=True needs a sampler with a fixed number of steps")
-    if not np.issubdtype(seeds.dtype, np.integer) or seeds.min() < 0 or seeds.max() >= 2**32:
-        raise ValueError(f"seeds must be integers in [0, 2^32), not {seeds.dtype} {seeds}")
     keys = example_keys(key, jnp.asarray(seeds, jnp.uint32))
     if mesh is not None:
         keys, condition, initial = _shard((keys, condition, initial), mesh, shape[0])

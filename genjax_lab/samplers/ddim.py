@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from genjax_lab.processes.gaussian import GaussianProcess
 from genjax_lab.samplers.base import Denoiser, Sampler, normal_like
 from genjax_lab.samplers.denoising import initial_state, predict_at
-from genjax_lab.samplers.schedules import resolve_times
+from genjax_lab.samplers.schedules import constant, resolve_times
 
 
 def ddim(
@@ -44,13 +44,11 @@ def ddim(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
-    times = resolve_times(denoise.process, num_steps, spacing, times)
+    times = constant(resolve_times(denoise.process, num_steps, spacing, times))
     return Sampler(
         init=Partial(_init, denoise, times),
         predict=Partial(predict_at, denoise, times),
-        transition=Partial(
-            _transition, denoise.process, times, jnp.asarray(eta, times.dtype), eta > 0
-        ),
+        transition=Partial(_transition, denoise.process, times, constant(eta), eta > 0),
         num_steps=num_steps,
     )
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from genjax_lab.samplers.base import Denoiser, Sampler, normal_like
 from genjax_lab.samplers.ddim import retained_noise
 from genjax_lab.samplers.denoising import initial_state, predict_at
-from genjax_lab.samplers.schedules import resolve_times
+from genjax_lab.samplers.schedules import constant, resolve_times
 
 VARIANCES = ("small", "large")
 
@@ -44,7 +44,7 @@ def ddpm(
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance is {variance!r}; it must be one of {VARIANCES}")
-    times = resolve_times(denoise.process, num_steps, spacing, times)
+    times = constant(resolve_times(denoise.process, num_steps, spacing, times))
     return Sampler(
         init=Partial(_init, denoise, times),
         predict=Partial(predict_at, denoise, times),

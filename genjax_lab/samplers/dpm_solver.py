@@ -16,6 +16,7 @@ alpha = 0) have nothing to extrapolate by and are of first order.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
@@ -23,7 +24,7 @@ from genjax_lab.processes.gaussian import GaussianProcess
 from genjax_lab.samplers.base import Denoiser, Sampler, normal_like
 from genjax_lab.samplers.ddim import retained_noise
 from genjax_lab.samplers.denoising import initial_state, predict_at
-from genjax_lab.samplers.schedules import resolve_times
+from genjax_lab.samplers.schedules import at_once, constant, resolve_times
 
 
 def dpm_solver_pp_2m(
@@ -69,7 +70,8 @@ def sde_dpm_solver_pp_2m(
 
 def _multistep(denoise, num_steps, spacing, times, lower_order_final, transition) -> Sampler:
     times = resolve_times(denoise.process, num_steps, spacing, times)
-    extrapolation = _extrapolation(denoise.process, times, lower_order_final)
+    extrapolation = constant(_extrapolation(denoise.process, times, lower_order_final))
+    times = constant(times)
     return Sampler(
         init=Partial(_init, denoise, times),
         predict=Partial(predict_at, denoise, times),
@@ -79,13 +81,15 @@ def _multistep(denoise, num_steps, spacing, times, lower_order_final, transition
 
 
 def _extrapolation(
-    process: GaussianProcess, times: Float[Array, "num_steps+1"], lower_order_final: bool
-) -> Float[Array, "num_steps"]:
+    process: GaussianProcess, times: Float[np.ndarray, "num_steps+1"], lower_order_final: bool
+) -> Float[np.ndarray, "num_steps"]:
     """h / (2 h_prev) of every step, 0 where the step is of first order."""
-    steps = jnp.diff(process.log_snr(times))
-    previous = jnp.concatenate([jnp.full(1, jnp.inf, steps.dtype), steps[:-1]])
-    weight = jnp.where(jnp.isfinite(steps), steps / (2 * previous), 0.0)
-    return weight.at[-1].set(0.0) if lower_order_final else weight
+    steps = np.diff(at_once(process.log_snr, times))
+    previous = np.append(np.inf, steps[:-1])
+    extrapolates = np.isfinite(steps) & np.isfinite(previous)
+    if lower_order_final:
+        extrapolates[-1] = False
+    return np.where(extrapolates, steps, 0) / (2 * previous)
 
 
 def _init(denoise, times, keys, shape, condition):

@@ -29,7 +29,7 @@ from genjax_lab.processes.gaussian import GaussianProcess
 from genjax_lab.samplers.base import Denoiser, Sampler
 from genjax_lab.samplers.denoising import initial_state, predict_at
 from genjax_lab.samplers.model_statistics import ModelStatistics, data_prediction_statistics
-from genjax_lab.samplers.schedules import resolve_times, time_steps
+from genjax_lab.samplers.schedules import at_once, constant, resolve_times, time_steps
 
 
 class _Weights(NamedTuple):
@@ -75,7 +75,7 @@ def dpm_solver_v3(
       times: a decreasing grid; if None, `num_steps` intervals from the process's t_max to its
         t_min, where the paper's sampler ends. The last step of a grid that goes on to 0 returns
         alpha(0) x_0_hat. All other times are moved to the nearest point of the statistics.
-      statistics: of the model; `data_prediction_statistics(denoise.process)` if None.
+      statistics: of the model; if None, `data_prediction_statistics` over the span of the times.
       lower_order_final: whether the last step is of first order; steadier for few steps.
 
     Raises:
@@ -83,17 +83,19 @@ def dpm_solver_v3(
         upon one of their points.
     """
     process = denoise.process
-    if statistics is None:
-        statistics = data_prediction_statistics(process)
-    statistics = _check(statistics)
     if times is None:
-        times = time_steps(process, num_steps + 1, spacing=spacing)[:-1]
+        times = np.asarray(time_steps(process, num_steps + 1, spacing=spacing))[:-1]
     times = resolve_times(process, num_steps, spacing, times)
-    ends_clean = bool(process.sigma(times[-1]) == 0)
+    ends_clean = at_once(process.sigma, times)[-1] == 0
     noisy = times[:-1] if ends_clean else times
-    indices = _nearest(statistics, np.asarray(process.log_snr(noisy), np.float64) / 2, num_steps)
-    snapped = process.time_of_log_snr(jnp.asarray(2 * statistics.half_log_snr[indices], float))
-    times = jnp.append(snapped, times[-1]) if ends_clean else snapped
+    if statistics is None:
+        # A grid of two points at least, also where a single step starts and ends.
+        last = noisy[-1] if len(noisy) > 1 else process.t_min
+        statistics = data_prediction_statistics(process, t_max=noisy[0], t_min=last)
+    statistics = _check(statistics)
+    indices = _nearest(statistics, at_once(process.log_snr, noisy) / 2, num_steps)
+    snapped = at_once(process.time_of_log_snr, 2 * statistics.half_log_snr[indices])
+    times = constant(np.append(snapped, times[-1]) if ends_clean else snapped)
     weights = _weights(statistics, indices, ends_clean, lower_order_final)
     return Sampler(
         init=Partial(_init, denoise, times),
@@ -128,11 +130,11 @@ def _nearest(
             f"times reach from log(alpha/sigma) = {half_log_snr[0]:.4g} to {half_log_snr[-1]:.4g}; "
             f"the statistics cover {grid[0]:.4g} to {grid[-1]:.4g}"
         )
-    indices = np.abs(half_log_snr[:, None] - grid).argmin(1)
+    indices = np.searchsorted((grid[1:] + grid[:-1]) / 2, half_log_snr)
     if not np.all(np.diff(indices) > 0):
         raise ValueError(
             f"num_steps={num_steps} puts two times upon one of the statistics' {len(grid)} points; "
-            "take fewer steps or statistics with more points"
+            "take fewer steps, or statistics with more points (see data_prediction_statistics)"
         )
     return indices
 
@@ -149,11 +151,11 @@ def _weights(
         # y_t = x_0_hat = (1 - l) y_s - f_s.
         zero = np.zeros_like(l_start[0])
         steps.append((1 - l_start[-1], zero + 1, zero, zero, zero + 1, zero, 1.0))
-    *parts, length = (jnp.asarray(np.stack(part), float) for part in zip(*steps, strict=True))
-    step = jnp.arange(len(steps))
-    has_extrapolation = (step > 0) & ((step < len(steps) - 1) | (not lower_order_final))
+    *parts, length = (constant(np.stack(part)) for part in zip(*steps, strict=True))
+    step = np.arange(len(steps))
+    is_second_order = (step > 0) & ((step < len(steps) - 1) | (not lower_order_final))
     return _Weights(
-        *parts, jnp.asarray(l_start, float), length, has_extrapolation, is_corrected=step > 1
+        *parts, constant(l_start), length, jnp.asarray(is_second_order), jnp.asarray(step > 1)
     )
 
 

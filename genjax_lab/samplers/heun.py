@@ -11,13 +11,14 @@ for a variance-preserving one, whose d sigma/dt diverges there, Euler's would le
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from genjax_lab.processes.gaussian import GaussianProcess
 from genjax_lab.samplers.base import Denoiser, Sampler, normal_like
 from genjax_lab.samplers.denoising import evaluate, initial_state, predict_at
-from genjax_lab.samplers.schedules import resolve_times
+from genjax_lab.samplers.schedules import at_once, constant, resolve_times
 
 
 def euler(
@@ -35,7 +36,7 @@ def euler(
       spacing: see `time_steps`.
       times: a decreasing grid to use in place of `time_steps(denoise.process, num_steps)`.
     """
-    times = resolve_times(denoise.process, num_steps, spacing, times)
+    times = constant(resolve_times(denoise.process, num_steps, spacing, times))
     return Sampler(
         init=Partial(_init_euler, denoise, times),
         predict=Partial(predict_at, denoise, times),
@@ -73,19 +74,18 @@ def heun(
       ValueError: if churn is asked of a process whose alpha is not 1.
     """
     process = denoise.process
-    times = resolve_times(process, num_steps, spacing, times)
+    t = resolve_times(process, num_steps, spacing, times)
     if churn < 0:
         raise ValueError(f"churn is {churn}; it must not be negative")
-    if churn > 0 and not bool(jnp.all(process.alpha(times) == 1)):
+    if churn > 0 and not np.all(at_once(process.alpha, t) == 1):
         raise ValueError(
             f"churn needs a process with alpha = 1, not {process.name!r}; "
             "wrap the denoiser: change_process(denoise, processes.edm())"
         )
-    churned = (times >= churn_t_min) & (times <= churn_t_max) & (jnp.arange(num_steps + 1) > 0)
-    gamma = jnp.where(churned, min(churn / num_steps, math.sqrt(2) - 1), 0.0)
-    raised = times * (1 + gamma)
-    noise_scale = churn_noise * jnp.sqrt(jnp.maximum(raised**2 - times**2, 0))
-    grid = (times, raised, noise_scale)
+    churned = (t >= churn_t_min) & (t <= churn_t_max) & (np.arange(num_steps + 1) > 0)
+    gamma = np.where(churned, min(churn / num_steps, math.sqrt(2) - 1), 0.0)
+    noise_scale = churn_noise * t * np.sqrt(gamma * (2 + gamma))
+    grid = (constant(t), constant(t * (1 + gamma)), constant(noise_scale))
     return Sampler(
         init=Partial(_init_heun, denoise, grid),
         predict=Partial(_predict_heun, denoise, grid),

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from genjax_lab.processes.gaussian import GaussianProcess
 from genjax_lab.samplers.base import Denoiser
 from genjax_lab.samplers.heun import derivative
+from genjax_lab.samplers.schedules import at_once
 
 
 class ModelStatistics(NamedTuple):
@@ -135,7 +136,7 @@ def estimate_statistics(
 
 def _grid(process, num_points, t_min, t_max):
     ends = (process.t_max if t_max is None else t_max, process.t_min if t_min is None else t_min)
-    log_snr = np.asarray(process.log_snr(jnp.asarray(ends, float)), np.float64)
+    log_snr = at_once(process.log_snr, ends)
     if num_points < 2 or not np.all(np.isfinite(log_snr)) or log_snr[0] >= log_snr[1]:
         raise ValueError(
             f"needs num_points >= 2 and finite signal-to-noise ratios, increasing from t_max to "
