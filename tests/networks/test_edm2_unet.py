@@ -249,6 +249,17 @@ def test_dropout_needs_training_and_depends_on_its_key(small, small_step, quick_
     assert float(jnp.abs(first - out).max()) > 1e-2
 
 
+def test_dropped_labels_give_the_output_without_class(small, small_step, quick_jit):
+    variables, _, ((_, out), _) = small_step
+    x, c_noise, labels = inputs(size=4)
+    apply = quick_jit(small.clone(label_dropout=1.0).apply, static_argnames="train")
+    rngs = {"dropout": jax.random.key(0)}
+    dropped = apply(variables, x, c_noise, labels, train=True, rngs=rngs)
+    null = apply(variables, x, c_noise, jnp.full(2, 3), train=False)
+    np.testing.assert_allclose(dropped, null, atol=1e-5)
+    assert float(jnp.abs(dropped - out).max()) > 1e-2
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
