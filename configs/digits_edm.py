@@ -1,6 +1,6 @@
 """Digits, class-conditional EDM (arXiv 2206.00364) with a residual MLP: minutes on a laptop.
 
-    python -m experiments.train --config=configs/digits_edm.py --workdir=runs/digits_edm
+python -m experiments.train --config=configs/digits_edm.py --workdir=runs/digits_edm
 """
 
 import ml_collections
@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
         "log_sigma_mean": -1.0,
         "log_sigma_std": 1.2,
     }
-    config.network = {"name": "ResidualMLP", "width": 256, "num_blocks": 4}
+    config.network = {"name": "ResidualMLP", "width": 256, "num_blocks": 4, "dropout": 0.1}
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 200, "schedule": "cosine"})
     config.batch_size = 256
     config.num_steps = 6_000

@@ -33,7 +33,7 @@ from experiments.pictures import write_images
 from genjax_lab import data, evaluation, networks, processes, samplers
 from genjax_lab.objectives import Objective, augmented, denoising, edm_augmentation
 from genjax_lab.objectives.augmentation import NUM_AUGMENT_LABELS
-from genjax_lab.parallel import make_mesh
+from genjax_lab.parallel import make_mesh, process_share
 from genjax_lab.training import Experiment, TrainState
 
 
@@ -87,7 +87,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         init=lambda key: _init(network, config, key),
         objective=make_objective(config, network, process),
         optimizer=make_optimizer(config),
-        batches=lambda state: _loader(config, config.data.split, config.batch_size),
+        batches=lambda state: _training_batches(config),
         evaluate=judge.evaluate,
         sample=judge.sample,
         write=judge.write,
@@ -188,6 +188,13 @@ def _init(network: Any, config: ml_collections.ConfigDict, key: jax.Array) -> An
     )
 
 
+def _training_batches(config: ml_collections.ConfigDict) -> Any:
+    index, count = process_share(make_mesh(**config.mesh))
+    return _loader(
+        config, config.data.split, config.batch_size, shard_index=index, shard_count=count
+    )
+
+
 def _loader(config: ml_collections.ConfigDict, split: str, batch_size: int, **options: Any) -> Any:
     """The batches of a split; checks that the data are those that the network is built for."""
     fields = config.data.to_dict()
@@ -225,7 +232,7 @@ class _Judge:
         key: jax.Array | None = None,
         progress: bool = False,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (seeds, uint8 images); a sample depends on weights, key and its seed only."""
+        """Yields (seeds, uint8 images, or float latents); each depends on its own seed only."""
         config = self._config
         denoise = samplers.denoiser(
             self._network, state.variables(config.evaluation.ema), self._process
@@ -251,7 +258,11 @@ class _Judge:
             progress=progress,
         )
         for part, images in drawn:
-            yield part, data.quantize(images, self._info())
+            yield part, images if self._is_latent else data.quantize(images, self._info())
+
+    @property
+    def _is_latent(self) -> bool:
+        return self._info().max_value is None
 
     def evaluate(
         self,
@@ -262,6 +273,11 @@ class _Judge:
         progress: bool = False,
     ) -> dict[str, float]:
         """Metrics of samples drawn for `seeds` against the reference split."""
+        if self._is_latent:
+            raise ValueError(
+                f"data set {self._config.data.name!r} holds latents; draw samples as .npz and "
+                "evaluate their decoded images"
+            )
         settings = self._config.evaluation
         seeds = range(settings.num_samples) if seeds is None else seeds
         drawn = self.sample(state, seeds, progress=progress)
@@ -274,7 +290,12 @@ class _Judge:
         )
 
     def write(self, samples: np.ndarray, path: str | Path) -> None:
-        """Writes uint8 samples: .npz as arrays, .png as a grid under a row of real images."""
+        """Writes samples: .npz as arrays, .png as a grid under a row of real images."""
+        if self._is_latent and Path(path).suffix != ".npz":
+            raise ValueError(f"path is {str(path)!r}; latents are written as .npz")
+        if self._is_latent:
+            write_images(samples, path)
+            return
         real = next(iter(self._real_batches()))["image"][:20]
         info = self._info()
         write_images(samples, path, real=data.quantize(real, info), max_value=info.max_value)
