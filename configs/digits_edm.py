@@ -19,10 +19,10 @@ def get_config() -> ml_collections.ConfigDict:
         "log_sigma_mean": -1.0,
         "log_sigma_std": 1.2,
     }
-    config.network = {"name": "ResidualMLP", "width": 256, "num_blocks": 4, "dropout": 0.1}
+    config.network = {"name": "ResidualMLP", "width": 256, "num_blocks": 4, "dropout": 0.0}
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 200, "schedule": "cosine"})
     config.batch_size = 256
-    config.num_steps = 6_000
+    config.num_steps = 4_000
     config.steps_per_call = 50
     config.log_every = 100
     config.checkpoint_every = 2_000

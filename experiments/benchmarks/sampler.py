@@ -6,6 +6,7 @@ Both draw the same number of images in the same number of network evaluations (3
 per second and their ratio (above 1: we are faster); writes experiments/results/sampler.json.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -75,7 +76,7 @@ def torch_program(case: Case) -> Callable[[], None]:
     @torch.no_grad()
     def program():
         x = torch.randn(BATCH, channels, height, width, dtype=torch.float64) * times[0]
-        for t, after in zip(times[:-1], times[1:], strict=True):
+        for t, after in itertools.pairwise(times):
             first = slope(x, t)
             moved = x + (after - t) * first
             x = x + (after - t) * (first + slope(moved, after)) / 2 if after > 0 else moved

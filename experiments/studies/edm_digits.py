@@ -30,9 +30,9 @@ import matplotlib.pyplot as plt
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Models to train.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "experiments/results", "Where table and figure go.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/study_edm_digits", "Where the models go.")
-_BUDGETS = flags.DEFINE_list("budgets", ["5", "7", "9", "13", "19", "27", "35"], "Evaluations.")
+_BUDGETS = flags.DEFINE_list("budgets", ["5", "9", "13", "19", "35"], "Evaluations.")
 _STEPS = flags.DEFINE_integer("num_steps", None, "Training steps; default the config's.")
-_SAMPLES = flags.DEFINE_integer("num_samples", 4000, "Samples behind each distance.")
+_SAMPLES = flags.DEFINE_integer("num_samples", 2000, "Samples behind each distance.")
 
 # Settings of each sampler for a budget of network evaluations.
 SAMPLERS = {
