@@ -46,7 +46,7 @@ class Prefetch(NamedTuple):
 
 # Gathering a batch of small images from memory takes less time than handing it between threads.
 IN_MEMORY_PREFETCH = Prefetch(num_threads=0, num_batches=0)
-STREAMING_PREFETCH = Prefetch(num_threads=16, num_batches=32)
+STREAMING_PREFETCH = Prefetch(num_threads=16, num_batches=16)
 
 
 class Loader(Iterator[Batch]):

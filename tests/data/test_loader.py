@@ -98,8 +98,11 @@ def test_each_of_two_epochs_shows_every_example_once():
     epochs = seen[:, 0, 0, 0].reshape(2, 24)
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(24), (2, 1)))
     assert not np.array_equal(epochs[0], epochs[1])
-    with pytest.raises(StopIteration):
-        next(loader)
+    restored = make_loader_from_arrays({"image": images_of(24)}, 8, 0, num_epochs=2)
+    restored.set_state(loader.get_state())
+    for exhausted in (loader, restored):
+        with pytest.raises(StopIteration):
+            next(exhausted)
 
 
 def test_seeds_differ_and_repeat(digits):
