@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
+from jax.sharding import Mesh
 
 from genjax_lab.parallel.mesh import global_batch, make_mesh
 from genjax_lab.training.checkpoint import (
@@ -44,7 +45,7 @@ from genjax_lab.training.metric_log import MetricLog
 from genjax_lab.training.preemption import preemption_notice
 from genjax_lab.training.restoration import Restored, restore, restore_config
 from genjax_lab.training.state import TrainState
-from genjax_lab.training.step import make_train_step
+from genjax_lab.training.step import TrainStep, make_train_step
 
 # What the shell reports for a process that SIGTERM ended: schedulers do not take it for finished.
 PREEMPTED_STATUS = 128 + signal.SIGTERM
@@ -83,28 +84,14 @@ def train(
     config = resolve_config(config)
     workdir = Path(workdir).absolute()
     mesh = make_mesh(**config["mesh"], devices=devices)
-    train_step = make_train_step(
-        experiment.objective,
-        experiment.optimizer,
-        batch_size=config["batch_size"],
-        mesh=mesh,
-        ema=ema_from_config(config["ema"]),
-        accumulation_steps=config["accumulation_steps"],
-        steps_per_call=config["steps_per_call"],
-        max_grad_norm=config["max_grad_norm"],
-        max_consecutive_skips=config["max_consecutive_skips"],
-        project=experiment.project,
-        compute_dtype=config["compute_dtype"] and jnp.dtype(config["compute_dtype"]),
+    train_step = _make_step(experiment, config, mesh)
+    state, position = _start(
+        experiment, train_step, workdir / "checkpoints", config, restore_step, allow_changes
     )
-    init_key, state_key = jax.random.split(jax.random.key(config["seed"]))
-    state = train_step.init(experiment.init(init_key), state_key)
-    restored = _restore(workdir / "checkpoints", state, config, restore_step, allow_changes)
-    if restored is not None:
-        state = restored.state
-    step = 0 if restored is None else restored.step
+    step = 0 if position is None else position.step
     batches = experiment.batches(state)
-    if restored is not None:
-        batches.set_state(_iterator_state(restored))
+    if position is not None:
+        batches.set_state(_iterator_state(position))
 
     is_writer = jax.process_index() == 0
     if is_writer:
@@ -116,7 +103,7 @@ def train(
             workdir,
             log_every=config["log_every"],
             step=step,
-            state=restored and restored.log,
+            state=position and position.log,
             tensorboard=config["tensorboard"],
             enabled=is_writer,
         ) as log,
@@ -141,7 +128,7 @@ def train(
             log.write(step, {f"eval/{name}": value for name, value in metrics.items()})
             return metrics
 
-        if restored is not None and restored.log["evaluation_due"]:
+        if position is not None and position.log["evaluation_due"]:
             evaluate()
         while step < num_steps:
             batch = global_batch(_next_batches(batches, steps_per_call), mesh, batch_axis=1)
@@ -174,26 +161,47 @@ def train(
     return state
 
 
-def _restore(
+def _make_step(experiment: Experiment, config: Mapping[str, Any], mesh: Mesh) -> TrainStep:
+    return make_train_step(
+        experiment.objective,
+        experiment.optimizer,
+        batch_size=config["batch_size"],
+        mesh=mesh,
+        ema=ema_from_config(config["ema"]),
+        accumulation_steps=config["accumulation_steps"],
+        steps_per_call=config["steps_per_call"],
+        max_grad_norm=config["max_grad_norm"],
+        max_consecutive_skips=config["max_consecutive_skips"],
+        project=experiment.project,
+        compute_dtype=config["compute_dtype"] and jnp.dtype(config["compute_dtype"]),
+    )
+
+
+def _start(
+    experiment: Experiment,
+    train_step: TrainStep,
     directory: Path,
-    state: TrainState,
     config: Mapping[str, Any],
     step: int | None,
     allow_changes: Sequence[str],
-) -> Restored | None:
-    if not directory.is_dir() or not checkpoint_steps(directory):
-        if step is not None:
-            raise ValueError(f"restore_step={step}, but {str(directory)!r} holds no checkpoint")
-        return None
-    stored = restore_config(directory, step)
-    free = (*FREE_FIELDS, *allow_changes)
-    if differences := config_differences(stored, config, free=free):
-        raise ValueError(
-            f"config differs from that of the run in {str(directory.parent)!r}:\n  "
-            + "\n  ".join(differences)
-            + "\nUse another workdir, or name these fields in allow_changes"
-        )
-    restored = restore(directory, step, target=state)
+) -> tuple[TrainState, Restored | None]:
+    """The state to begin with, and what else its checkpoint holds if it comes from one."""
+    resuming = directory.is_dir() and bool(checkpoint_steps(directory))
+    if resuming:
+        _check_same_run(directory, config, step, allow_changes)
+    elif step is not None:
+        raise ValueError(f"restore_step={step}, but {str(directory)!r} holds no checkpoint")
+    init_key, state_key = jax.random.split(jax.random.key(config["seed"]))
+    state = train_step.init(experiment.init(init_key), state_key)
+    if not resuming:
+        return state, None
+
+    # Only its layout is needed; its memory is for the state that is read.
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
+    del state
+    restored = restore(directory, step, target=target)
     if restored.step > config["num_steps"] or restored.step % config["steps_per_call"]:
         raise ValueError(
             f"the run in {str(directory.parent)!r} stands at step {restored.step}, from which "
@@ -202,7 +210,20 @@ def _restore(
         )
     if step is not None:
         set_aside_later_steps(directory, step)
-    return restored
+    return restored.state, restored._replace(state=None)
+
+
+def _check_same_run(
+    directory: Path, config: Mapping[str, Any], step: int | None, allow_changes: Sequence[str]
+) -> None:
+    stored = restore_config(directory, step)
+    free = (*FREE_FIELDS, *allow_changes)
+    if differences := config_differences(stored, config, free=free):
+        raise ValueError(
+            f"config differs from that of the run in {str(directory.parent)!r}:\n  "
+            + "\n  ".join(differences)
+            + "\nUse another workdir, or name these fields in allow_changes"
+        )
 
 
 def _iterator_state(restored: Restored) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def launch(*arguments):
 
 
 def finish(process, status):
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == status, errors[-3000:]
     return errors
 
