@@ -124,8 +124,8 @@ def _nearest(
     statistics: ModelStatistics, half_log_snr: Float[np.ndarray, "num"], num_steps: int
 ) -> Int[np.ndarray, "num"]:
     grid = statistics.half_log_snr
-    cell = np.diff(grid).max()
-    if not np.all((half_log_snr > grid[0] - cell) & (half_log_snr < grid[-1] + cell)):
+    half_cell = np.diff(grid).max() / 2
+    if not np.all((half_log_snr > grid[0] - half_cell) & (half_log_snr < grid[-1] + half_cell)):
         raise ValueError(
             f"times reach from log(alpha/sigma) = {half_log_snr[0]:.4g} to {half_log_snr[-1]:.4g}; "
             f"the statistics cover {grid[0]:.4g} to {grid[-1]:.4g}"

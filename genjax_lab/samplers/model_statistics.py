@@ -101,64 +101,66 @@ def estimate_statistics(
         lambda leaf: jnp.reshape(leaf, (-1, batch_size, *jnp.shape(leaf)[1:])), (data, condition)
     )
 
-    def mean_over_data(statistic, t, index, *args):
-        def one_batch(batch_and_number):
-            (x0, condition), number = batch_and_number
-            batch_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
-            x = process.diffuse(x0, t, jax.random.normal(batch_key, x0.shape, x0.dtype))
-            predict = functools.partial(_predict_data, denoise, condition)
-            values = statistic(predict, process, x, t, jax.random.fold_in(batch_key, 1), *args)
-            return jax.tree.map(lambda value: value.mean(0), values)
+    over_data = functools.partial(_over_data, denoise, key, batches)
 
-        numbers = jnp.arange(len(batches[0]))
-        means = jax.lax.map(one_batch, (batches, numbers))
-        return jax.tree.map(lambda mean: mean.mean(0), means)
+    def l_at(args):
+        return over_data(_jacobian_diagonal, *args).mean(0)
+
+    def moments_at(args):
+        return _merge(*over_data(_moments, *args))
 
     indices = jnp.arange(num_points)
-    l_grid = jax.jit(
-        lambda: jax.lax.map(
-            lambda args: mean_over_data(_jacobian_diagonal, *args), (times, indices)
-        )
-    )()
-    l_slope = np.gradient(np.asarray(l_grid, np.float64), half_log_snr, axis=0)
-    moments = jax.jit(
-        lambda *slopes: jax.lax.map(
-            lambda args: mean_over_data(_moments, *args), (times, indices, *slopes)
-        )
-    )(l_grid, jnp.asarray(l_slope, l_grid.dtype))
-    f, rate, f_f, f_rate, magnitude = (np.asarray(moment, np.float64) for moment in moments)
-    variance = f_f - f**2
+    l_grid = jax.jit(lambda: jax.lax.map(l_at, (times, indices)))()
+    l_slope = np.gradient(np.asarray(l_grid, np.float64), half_log_snr, axis=0, edge_order=2)
+    arguments = (times, indices, l_grid, jnp.asarray(l_slope, l_grid.dtype))
+    moments = jax.jit(lambda arguments: jax.lax.map(moments_at, arguments))(arguments)
+    f, rate, variance, covariance, magnitude = (np.asarray(part, np.float64) for part in moments)
     # Where f varies by no more than its rounding errors there is nothing to regress on.
     varies = variance > magnitude * (8 * jnp.finfo(data.dtype).eps) ** 2
-    s = np.where(varies, (f_rate - f * rate) / np.where(varies, variance, 1), 0.0)
+    s = np.where(varies, covariance / np.where(varies, variance, 1), 0.0)
     return ModelStatistics(half_log_snr, np.asarray(l_grid, np.float64), s, rate - s * f)
 
 
 def _grid(process, num_points, t_min, t_max):
     ends = (process.t_max if t_max is None else t_max, process.t_min if t_min is None else t_min)
     log_snr = at_once(process.log_snr, ends)
-    if num_points < 2 or not np.all(np.isfinite(log_snr)) or log_snr[0] >= log_snr[1]:
+    if num_points < 3 or not np.all(np.isfinite(log_snr)) or log_snr[0] >= log_snr[1]:
         raise ValueError(
-            f"needs num_points >= 2 and finite signal-to-noise ratios, increasing from t_max to "
+            f"needs num_points >= 3 and finite signal-to-noise ratios, increasing from t_max to "
             f"t_min; not num_points={num_points}, t_max={ends[0]}, t_min={ends[1]} of "
             f"{process.name!r}"
         )
     return np.linspace(*log_snr / 2, num_points)
 
 
-def _predict_data(denoise, condition, x, t):
-    return denoise.predict(denoise.memory, x, t, condition)[0]
+def _over_data(denoise, key, batches, statistic, t, index, *args):
+    """A statistic at time t of every batch of clean samples, stacked."""
+
+    def one_batch(batch_and_number):
+        (x0, condition), number = batch_and_number
+        noise_key, sign_key = jax.random.split(
+            jax.random.fold_in(jax.random.fold_in(key, index), number)
+        )
+        noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+        x = denoise.process.diffuse(x0, t, noise)
+
+        def predict(x, t):
+            return denoise.predict(denoise.memory, x, t, condition)[0]
+
+        return statistic(predict, denoise.process, x, t, sign_key, *args)
+
+    return jax.lax.map(one_batch, (batches, jnp.arange(len(batches[0]))))
 
 
 def _jacobian_diagonal(predict, process, x, t, key):
-    """1 - alpha diag(d x_0_hat / dx), each example with its own random signs."""
+    """Mean of 1 - alpha diag(d x_0_hat / dx), each example with its own random signs."""
     signs = jax.random.rademacher(key, x.shape, x.dtype)
     product = jax.jvp(lambda x: predict(x, t), (x,), (signs,))[1]
-    return 1 - process.alpha(t) * signs * product
+    return 1 - process.alpha(t) * (signs * product).mean(0)
 
 
 def _moments(predict, process, x, t, key, l_here, l_slope):
-    """f, r = df/dlambda, f^2, f r, and what the rounding errors of f^2 are relative to."""
+    """Means of f and df/dlambda, var f, their covariance, and what rounding is relative to."""
     del key
     slope_x = derivative(process, x, predict(x, t), t)
     x0, slope_x0 = jax.jvp(predict, (x, t), (slope_x, jnp.ones_like(t)))
@@ -167,4 +169,17 @@ def _moments(predict, process, x, t, key, l_here, l_slope):
     f = (1 - l_here) * y - x0
     # dy/dlambda = -e^-lambda eps_hat = -(y - x_0_hat).
     rate = -l_slope * y - (1 - l_here) * (y - x0) - slope_x0 / d_lambda
-    return f, rate, f * f, f * rate, y * y + x0 * x0
+    centred = f - f.mean(0)
+    covariance = (centred * rate).mean(0)
+    return f.mean(0), rate.mean(0), (centred**2).mean(0), covariance, (y**2 + x0**2).mean(0)
+
+
+def _merge(f, rate, variance, covariance, magnitude):
+    """Moments of all data from those of equally large batches.
+
+    No difference of squares is taken, which would lose the digits of a small variance.
+    """
+    centred = f - f.mean(0)
+    variance = variance.mean(0) + (centred**2).mean(0)
+    covariance = covariance.mean(0) + (centred * rate).mean(0)
+    return f.mean(0), rate.mean(0), variance, covariance, magnitude.mean(0)
