@@ -46,8 +46,8 @@ $(VENV)/.tested-with: $(VENV)/.made pyproject.toml
 $(VENV)/.oracles: $(VENV)/.tested-with
 	@echo "Installing the original packages that tests compare with into $(VENV) ..."
 	$(PIP) --editable '.[test,oracles]'
-	# Its requirements pin an old numpy; the networks that tests read need none of them.
-	$(PIP) --no-deps nvidia-modulus==0.5.0 nvtx treelib
+	# What these require (an old numpy; torchvision) is not needed for the networks that tests read.
+	$(PIP) --no-deps nvidia-modulus==0.5.0 nvtx torch-fidelity==0.4.0 treelib
 	@touch $@
 
 clean:
