@@ -282,7 +282,8 @@ def test_dropout_time_and_noise_have_keys_of_their_own():
     denoising(network, process)({}, {"image": images()}, key)
     noise = np.asarray(network.x) * np.sqrt(1.25) - images()
     used.append(network.rngs["dropout"])
-    assert not np.all(used[0] == used[1])
+    assert used[0] != used[1]
+    assert key not in used
     for other in (key, *used):
         assert np.abs(noise - np.asarray(jax.random.normal(other, noise.shape))).max() > 0.1
 
