@@ -16,6 +16,14 @@ from genjax_lab import training
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_RESTORE_STEP = flags.DEFINE_integer(
+    "restore_step",
+    None,
+    "Go on from this checkpoint; later ones are moved to checkpoints_set_aside.",
+)
+_ALLOW_CHANGES = flags.DEFINE_list(
+    "allow_changes", [], "Fields in which the config may differ from the run's, * for any."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -26,7 +34,13 @@ def main(argv: list[str]) -> None:
     connect()
 
     config = _CONFIG.value
-    training.train(experiments.build(config), workdir=_WORKDIR.value, config=config)
+    training.train(
+        experiments.build(config),
+        workdir=_WORKDIR.value,
+        config=config,
+        restore_step=_RESTORE_STEP.value,
+        allow_changes=_ALLOW_CHANGES.value,
+    )
 
 
 if __name__ == "__main__":
