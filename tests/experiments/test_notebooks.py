@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "notebooks"
-SMALL = {"01_image_diffusion": "NUM_STEPS = 100\nNUM_SAMPLES = 100\n"}
+SMALL = {"01_image_diffusion": "NUM_STEPS = 100\nNUM_SAMPLES = 100\nBUDGETS = [5]\n"}
 
 
 def test_every_notebook_is_tested():

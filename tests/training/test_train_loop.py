@@ -1,4 +1,6 @@
 import json
+import shlex
+import sys
 import os
 import shutil
 import signal
@@ -44,7 +46,7 @@ def test_directory_of_a_run_holds_what_describes_it(finished):
     assert int(state.step) == 24
     assert json.loads((workdir / "config.json").read_text()) == restore(workdir).config
     assert json.loads((workdir / "versions.json").read_text())["jax"] == jax.__version__
-    assert "pytest" in (workdir / "command.txt").read_text()
+    assert shlex.join(sys.orig_argv) in (workdir / "command.txt").read_text()
     rows = read_metrics(workdir)
     assert [row["step"] for row in rows if "loss" in row] == [4, 8, 12, 16, 20, 24]
     assert [row["step"] for row in rows if "eval/error" in row] == [8, 16, 24]
