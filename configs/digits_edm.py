@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 200, "schedule": "cosine"})
     config.batch_size = 256
     config.num_steps = 4_000
+    config.optimizer.decay_steps = config.num_steps
     config.steps_per_call = 50
     config.log_every = 100
     config.checkpoint_every = 2_000

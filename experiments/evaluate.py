@@ -8,6 +8,7 @@ reported; the value of fresh seeds, on which nothing was chosen, stands beside i
 """
 
 import json
+import statistics
 from pathlib import Path
 
 import jax
@@ -43,10 +44,13 @@ def main(argv: list[str]) -> None:
     ]
     result = {"checkpoint": str(_CHECKPOINT.value), "step": restored.step, "num_samples": num}
     for metric in values[0]:
-        if metric != "num_samples":
-            by_range = dict(zip(ranges, (value[metric] for value in values), strict=True))
-            fresh = {ranges[-1]: by_range.pop(ranges[-1])}
+        by_range = dict(zip(ranges, (value[metric] for value in values), strict=True))
+        fresh = {ranges[-1]: by_range.pop(ranges[-1])}
+        if metric == "frechet":
             result |= evaluation.seed_range_summary(by_range, fresh, metric=metric)
+        elif metric != "num_samples":  # a minimum would be the worst of these
+            result[f"{metric}_mean"] = statistics.fmean(by_range.values())
+            result[f"{metric}_fresh"] = fresh[ranges[-1]]
     if jax.process_index() == 0:
         out = Path(_OUT.value or Path(_CHECKPOINT.value) / "evaluation.json")
         out.parent.mkdir(parents=True, exist_ok=True)

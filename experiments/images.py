@@ -27,6 +27,7 @@ import jax
 import ml_collections
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections.config_dict import placeholder
 
 from experiments.pictures import write_images
@@ -35,6 +36,9 @@ from genjax_lab.objectives import Objective, augmented, denoising, edm_augmentat
 from genjax_lab.objectives.augmentation import NUM_AUGMENT_LABELS
 from genjax_lab.parallel import make_mesh, process_share
 from genjax_lab.training import Experiment, TrainState
+
+# Keeps the keys of samples apart from those of training, which are children of the same seed.
+_SAMPLING_STREAM = 2**31
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -55,12 +59,13 @@ def default_config() -> ml_collections.ConfigDict:
                 "learning_rate": 1e-3,
                 "warmup_steps": 100,
                 "schedule": "constant",
+                "decay_steps": placeholder(int),
                 "b1": 0.9,
                 "b2": 0.999,
                 "weight_decay": 0.0,
             },
             "sampler": {"name": "heun", "num_steps": 18},
-            "guidance": {"scale": 1.0, "interval": None},
+            "guidance": {"scale": 1.0, "interval": placeholder(tuple)},
             "evaluation": {
                 "num_samples": 5000,
                 "batch_size": 500,
@@ -137,19 +142,19 @@ def make_objective(config: ml_collections.ConfigDict, network: Any, process: Any
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Adam, or AdamW where there is weight decay, under the schedule of `config.optimizer`.
 
-    Schedules: "constant", "cosine" (to 0 at num_steps), or "inverse_sqrt" (arXiv 2312.02696,
+    Schedules: "constant", "cosine" (to 0 at decay_steps), or "inverse_sqrt" (arXiv 2312.02696,
     Eq. 67: rate / sqrt(max(step / decay_steps, 1))); all with linear warm-up.
     """
     fields = dict(config.optimizer)
     rate, warmup = fields.pop("learning_rate"), fields.pop("warmup_steps")
     schedule, decay_steps = fields.pop("schedule"), fields.pop("decay_steps", None)
+    if schedule != "constant" and decay_steps is None:
+        raise ValueError(f"config.optimizer.schedule={schedule!r} needs decay_steps")
     if schedule == "cosine":
-        main = optax.cosine_decay_schedule(rate, max(config.num_steps - warmup, 1))
+        main = optax.cosine_decay_schedule(rate, max(decay_steps - warmup, 1))
     elif schedule == "constant":
         main = optax.constant_schedule(rate)
     elif schedule == "inverse_sqrt":
-        if decay_steps is None:
-            raise ValueError("config.optimizer.schedule='inverse_sqrt' needs decay_steps")
 
         def main(step):
             return rate / jax.numpy.sqrt(jax.numpy.maximum((step + warmup) / decay_steps, 1.0))
@@ -222,21 +227,23 @@ class _Judge:
     def __init__(self, config: ml_collections.ConfigDict, network: Any, process: Any):
         self._config, self._network, self._process = config, network, process
         self._mesh = functools.cache(lambda: make_mesh(**config.mesh))
-        self._info = functools.cache(lambda: data.dataset_info(config.data.name))
+        self._info = functools.cache(
+            lambda: data.dataset_info(config.data.name, config.data.get("data_dir"))
+        )
 
     def sample(
         self,
         state: TrainState,
         seeds: Sequence[int],
         *,
-        key: jax.Array | None = None,
         progress: bool = False,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (seeds, uint8 images, or float latents); each depends on its own seed only."""
         config = self._config
-        denoise = samplers.denoiser(
-            self._network, state.variables(config.evaluation.ema), self._process
-        )
+        variables = state.variables(config.evaluation.ema)
+        if jax.process_count() == 1:  # once, not with every batch
+            variables = jax.device_put(variables, NamedSharding(self._mesh(), PartitionSpec()))
+        denoise = samplers.denoiser(self._network, variables, self._process)
         if config.guidance.scale != 1:
             denoise = samplers.classifier_free(
                 denoise,
@@ -247,9 +254,9 @@ class _Judge:
         num_classes = config.data.num_classes
         drawn = samplers.sample_batches(
             construct(samplers, config.sampler, "sampler", denoise),
-            jax.random.key(config.seed) if key is None else key,
+            jax.random.fold_in(jax.random.key(config.seed), _SAMPLING_STREAM),
             seeds=seeds,
-            batch_size=min(config.evaluation.batch_size, _next_multiple(len(seeds), self._mesh())),
+            batch_size=_next_multiple(min(config.evaluation.batch_size, len(seeds)), self._mesh()),
             sample_shape=tuple(config.data.image_shape),
             condition_fn=(lambda seeds: data.balanced_labels(seeds, num_classes))
             if num_classes
@@ -280,13 +287,14 @@ class _Judge:
             )
         settings = self._config.evaluation
         seeds = range(settings.num_samples) if seeds is None else seeds
+        metrics = tuple(metrics or settings.metrics)
         drawn = self.sample(state, seeds, progress=progress)
         return evaluation.evaluate_samples(
             (data.dequantize(images, self._info()) for _, images in drawn),
-            self._reference,
+            self._reference if "precision_recall" in metrics else self._statistics,
             self._extractor,
             quantize=None,
-            metrics=tuple(metrics or settings.metrics),
+            metrics=metrics,
         )
 
     def write(self, samples: np.ndarray, path: str | Path) -> None:
@@ -326,6 +334,13 @@ class _Judge:
         )
         cache_dir = Path(settings.cache_dir).expanduser()
         return evaluation.classifier_features(images, labels, cache_dir=cache_dir)
+
+    @functools.cached_property
+    def _statistics(self) -> evaluation.FeatureStatistics:
+        statistics = evaluation.FeatureStatistics.empty(self._extractor.dim)
+        for batch in self._real_batches():
+            statistics = statistics.update(self._extractor.apply(batch["image"]))
+        return statistics
 
     @functools.cached_property
     def _reference(self) -> np.ndarray:

@@ -9,6 +9,7 @@ per second and their ratio (above 1: we are faster); writes experiments/results/
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": " ".join(["python -m experiments.benchmarks.sampler", *argv[1:]]),
+        "command": " ".join(["python -m experiments.benchmarks.sampler", *sys.argv[1:]]),
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "torch": torch.__version__,

@@ -10,6 +10,7 @@ experiments/results/train_step.json.
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": " ".join(["python -m experiments.benchmarks.train_step", *argv[1:]]),
+        "command": " ".join(["python -m experiments.benchmarks.train_step", *sys.argv[1:]]),
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "torch": torch.__version__,

@@ -10,6 +10,7 @@ the same quality. Writes edm_digits.json and edm_digits.png.
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +35,8 @@ _BUDGETS = flags.DEFINE_list("budgets", ["5", "9", "13", "19", "35"], "Evaluatio
 _STEPS = flags.DEFINE_integer("num_steps", None, "Training steps; default the config's.")
 _SAMPLES = flags.DEFINE_integer("num_samples", 2000, "Samples behind each distance.")
 
-# Settings of each sampler for a budget of network evaluations.
+# Settings of each sampler for a budget of network evaluations. Under EDM Euler's method is DDIM.
 SAMPLERS = {
-    "Euler": lambda budget: {"name": "euler", "num_steps": budget},
     "Heun": lambda budget: {"name": "heun", "num_steps": (budget + 1) // 2},
     "DDIM": lambda budget: {"name": "ddim", "num_steps": budget},
     "DDPM": lambda budget: {"name": "ddpm", "num_steps": budget},
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": " ".join(["python -m experiments.studies.edm_digits", *argv[1:]]),
+        "command": " ".join(["python -m experiments.studies.edm_digits", *sys.argv[1:]]),
         "num_seeds": _SEEDS.value,
         "num_samples": _SAMPLES.value,
         "minutes": round((time.monotonic() - started) / 60, 1),

@@ -50,7 +50,8 @@ def collect_examples(
             )
     labels = [example["label"] for example in examples] if info.num_classes else [0] * len(images)
     arrays = {"image": np.stack(images), "label": np.asarray(labels)}
-    return check_examples(arrays, indices, info)
+    value_range = None if info.max_value is None else (-1.0, 1.0)
+    return check_examples(arrays, indices, info, value_range)
 
 
 def check_examples(

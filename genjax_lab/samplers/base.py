@@ -169,18 +169,35 @@ def sample(
         raise ValueError(f"initial has shape {np.shape(initial)}; it must be {shape}")
     if trajectory and sampler.finished is not None:
         raise ValueError("trajectory=True needs a sampler with a fixed number of steps")
-    keys = example_keys(key, jnp.asarray(seeds, jnp.uint32))
+    seeds = seeds.astype(np.uint32)
     if mesh is not None:
-        keys, condition, initial = _shard((keys, condition, initial), mesh, shape[0])
+        seeds, condition, initial = _shard((seeds, condition, initial), mesh, shape[0])
     leaves, structure = jax.tree_util.tree_flatten(sampler)
     is_array = tuple(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
     arrays = [leaf for leaf, flag in zip(leaves, is_array, strict=True) if flag]
     static = tuple(None if flag else leaf for leaf, flag in zip(leaves, is_array, strict=True))
-    return _run(arrays, keys, condition, initial, static, structure, tuple(shape), trajectory)
+    # The key travels as plain numbers, which every process of several may hand to the mesh.
+    implementation, key_data = jax.random.key_impl(key), jax.random.key_data(key)
+    if not isinstance(key_data, jax.core.Tracer):
+        key_data = np.asarray(key_data)
+    inputs = (arrays, key_data, seeds, condition, initial)
+    return _run(*inputs, implementation, static, structure, tuple(shape), trajectory)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _run(arrays, keys, condition, initial, static, structure, shape, trajectory):
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
+def _run(
+    arrays,
+    key_data,
+    seeds,
+    condition,
+    initial,
+    implementation,
+    static,
+    structure,
+    shape,
+    trajectory,
+):
+    keys = example_keys(jax.random.wrap_key_data(key_data, impl=implementation), seeds)
     remaining = iter(arrays)
     leaves = [next(remaining) if leaf is None else leaf for leaf in static]
     sampler: Sampler = jax.tree_util.tree_unflatten(structure, leaves)

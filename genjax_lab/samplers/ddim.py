@@ -27,7 +27,7 @@ def ddim(
     *,
     num_steps: int,
     eta: float = 0.0,
-    spacing: str = "karras",
+    spacing: str | None = None,
     times: Float[Array, "num_steps+1"] | None = None,
 ) -> Sampler:
     """DDIM, first order; one evaluation for each of `num_steps` steps.

@@ -24,7 +24,7 @@ def ddpm(
     *,
     num_steps: int,
     variance: str = "small",
-    spacing: str = "karras",
+    spacing: str | None = None,
     times: Float[Array, "num_steps+1"] | None = None,
 ) -> Sampler:
     """Ancestral sampling; one evaluation for each of `num_steps` steps.

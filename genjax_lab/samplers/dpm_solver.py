@@ -31,7 +31,7 @@ def dpm_solver_pp_2m(
     denoise: Denoiser,
     *,
     num_steps: int,
-    spacing: str = "karras",
+    spacing: str | None = None,
     times: Float[Array, "num_steps+1"] | None = None,
     lower_order_final: bool = True,
 ) -> Sampler:
@@ -52,7 +52,7 @@ def sde_dpm_solver_pp_2m(
     denoise: Denoiser,
     *,
     num_steps: int,
-    spacing: str = "karras",
+    spacing: str | None = None,
     times: Float[Array, "num_steps+1"] | None = None,
     lower_order_final: bool = True,
 ) -> Sampler:

@@ -61,7 +61,7 @@ def dpm_solver_v3(
     denoise: Denoiser,
     *,
     num_steps: int = 25,
-    spacing: str = "karras",
+    spacing: str | None = None,
     times: Float[Array, "num_steps+1"] | None = None,
     statistics: ModelStatistics | None = None,
     lower_order_final: bool = True,

@@ -25,7 +25,7 @@ def euler(
     denoise: Denoiser,
     *,
     num_steps: int,
-    spacing: str = "karras",
+    spacing: str | None = None,
     times: Float[Array, "num_steps+1"] | None = None,
 ) -> Sampler:
     """Euler's method, first order; one evaluation for each of `num_steps` steps.
@@ -49,7 +49,7 @@ def heun(
     denoise: Denoiser,
     *,
     num_steps: int,
-    spacing: str = "karras",
+    spacing: str | None = None,
     times: Float[Array, "num_steps+1"] | None = None,
     churn: float = 0.0,
     churn_t_min: float = 0.0,

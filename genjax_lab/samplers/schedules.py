@@ -20,7 +20,7 @@ def time_steps(
     process: GaussianProcess,
     num_steps: int,
     *,
-    spacing: str = "karras",
+    spacing: str | None = None,
     t_min: float | None = None,
     t_max: float | None = None,
     rho: float = 7.0,
@@ -32,6 +32,7 @@ def time_steps(
       num_steps: N, at least 1.
       spacing: "karras" (uniform in (sigma/alpha)^(1/rho), arXiv 2206.00364 Eq. 5),
         "log_snr" (uniform in log(alpha/sigma)) or "time" (uniform in t, where t_min is not used).
+        None is "karras", and "time" where alpha(t_max) = 0.
       t_min: last time before 0; the process's own if None.
       t_max: first time; the process's own if None. The first two spacings need alpha(t_max) > 0.
       rho: exponent of the "karras" spacing.
@@ -45,6 +46,8 @@ def time_steps(
     t_max = process.t_max if t_max is None else t_max
     if not 0 <= t_min < t_max:
         raise ValueError(f"needs 0 <= t_min < t_max, not {t_min} and {t_max}")
+    if spacing is None:
+        spacing = "karras" if at_once(process.alpha, [t_max])[0] > 0 else "time"
     if spacing == "time":
         return constant(np.linspace(t_max, 0.0, num_steps + 1))
     if spacing not in SPACINGS:
@@ -67,7 +70,7 @@ def time_steps(
 def resolve_times(
     process: GaussianProcess,
     num_steps: int,
-    spacing: str,
+    spacing: str | None,
     times: Float[Array, "num_steps+1"] | None,
 ) -> Float[np.ndarray, "num_steps+1"]:
     """The grid that a sampler was given, checked, or the one that it asked for by name."""

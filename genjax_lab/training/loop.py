@@ -82,6 +82,8 @@ def train(
         SystemExit: after SIGTERM, with status 143, once a checkpoint is on disk.
     """
     config = resolve_config(config)
+    if "://" in str(workdir):
+        raise ValueError(f"workdir={str(workdir)!r} is not a path of a mounted file system")
     workdir = Path(workdir).absolute()
     mesh = make_mesh(**config["mesh"], devices=devices)
     train_step = _make_step(experiment, config, mesh)

@@ -42,48 +42,69 @@ def examples(process):
 
 
 @ALL
-@pytest.mark.parametrize("kind", PREDICTIONS)
-def test_every_prediction_stands_for_one_clean_sample(process, kind):
+def test_every_prediction_stands_for_one_clean_sample(process):
     x0, _, t, x = examples(process)
-    output = process.from_data(x0, x, t, kind)
-    c_skip, c_out = (expand(c, x) for c in process.coefficients(t, kind))
-    # The sum cancels down to x0; its rounding errors are those of its two terms.
-    rounding = 8 * EPS * (jnp.abs(c_skip * x) + jnp.abs(c_out * output) + jnp.abs(x0))
-    assert jnp.all(jnp.abs(process.to_data(output, x, t, kind) - x0) <= rounding)
+
+    @jax.jit
+    def round_trips(x0, x, t):
+        outputs = {kind: process.from_data(x0, x, t, kind) for kind in PREDICTIONS}
+        return {
+            kind: (process.coefficients(t, kind), output, process.to_data(output, x, t, kind))
+            for kind, output in outputs.items()
+        }
+
+    for coefficients, output, result in round_trips(x0, x, t).values():
+        c_skip, c_out = (expand(c, x) for c in coefficients)
+        # The sum cancels down to x0; its rounding errors are those of its two terms.
+        rounding = 8 * EPS * (abs(c_skip * x) + abs(c_out * output) + abs(x0))
+        assert np.all(np.abs(result - x0) <= rounding)
 
 
 @ALL
 def test_every_pair_of_predictions_converts_back_and_forth(process):
-    with jax.enable_x64(True):
-        x0, _, t, x = examples(process)
-        outputs = {kind: process.from_data(x0, x, t, kind) for kind in PREDICTIONS}
-        clean = [process.to_data(outputs[kind], x, t, kind) for kind in PREDICTIONS]
+    @jax.jit
+    def conversions(x0, x, t):
+        outputs = [process.from_data(x0, x, t, kind) for kind in PREDICTIONS]
+        clean = [
+            process.to_data(output, x, t, kind)
+            for kind, output in zip(PREDICTIONS, outputs, strict=True)
+        ]
         # Axis 1: the kind that is converted from.
         clean, x = jnp.stack(clean, 1), jnp.stack([x] * len(clean), 1)
-        for kind, output in outputs.items():
-            converted = process.from_data(clean, x, t, kind)
-            np.testing.assert_allclose(converted, np.stack([output] * len(outputs), 1), atol=1e-8)
+        return outputs, [process.from_data(clean, x, t, kind) for kind in PREDICTIONS]
+
+    with jax.enable_x64(True):
+        x0, _, t, x = examples(process)
+        for output, converted in zip(*conversions(x0, x, t), strict=True):
+            np.testing.assert_allclose(
+                converted, np.stack([output] * len(PREDICTIONS), 1), atol=1e-8
+            )
 
 
 @ALL
 def test_predictions_mean_what_they_say(process):
     with jax.enable_x64(True):
-        x0, noise, t, x = examples(process)
-        alpha, sigma = expand(process.alpha(t), x), expand(process.sigma(t), x)
-        slope_alpha, slope_sigma = (expand(d, x) for d in process.derivatives(t))
-        std = process.sigma_data
-        square = (alpha * std) ** 2 + sigma**2
-        meanings = {
-            "data": x0,
-            "noise": noise,
-            "scaled_score": -noise,
-            "v": alpha * noise - sigma * x0,
-            "velocity": slope_alpha * x0 + slope_sigma * noise,
-            "edm": (x0 - alpha * std**2 / square * x) * jnp.sqrt(square) / (sigma * std),
-        }
-        assert set(meanings) == set(PREDICTIONS)
-        for kind, meaning in meanings.items():
-            np.testing.assert_allclose(process.from_data(x0, x, t, kind), meaning, atol=1e-8)
+        x0, noise, t, x = (np.asarray(value) for value in examples(process))
+        outputs = jax.jit(
+            lambda: {kind: process.from_data(x0, x, t, kind) for kind in PREDICTIONS}
+        )()
+        alpha, sigma, slope_alpha, slope_sigma = (
+            np.asarray(value)[:, None, None]
+            for value in (process.alpha(t), process.sigma(t), *process.derivatives(t))
+        )
+    std = process.sigma_data
+    square = (alpha * std) ** 2 + sigma**2
+    meanings = {
+        "data": x0,
+        "noise": noise,
+        "scaled_score": -noise,
+        "v": alpha * noise - sigma * x0,
+        "velocity": slope_alpha * x0 + slope_sigma * noise,
+        "edm": (x0 - alpha * std**2 / square * x) * np.sqrt(square) / (sigma * std),
+    }
+    assert set(meanings) == set(PREDICTIONS)
+    for kind, meaning in meanings.items():
+        np.testing.assert_allclose(outputs[kind], meaning, atol=1e-8)
 
 
 def test_edm_weight_makes_the_loss_uniform_in_the_network_output():

@@ -8,7 +8,7 @@ from gaussian_target import PROCESSES, SAMPLERS, gaussian_denoiser
 
 from genjax_lab import samplers
 
-MEAN, STD, NUM = 0.3, 0.5, 4096
+MEAN, STD, NUM = 0.3, 0.5, 2048
 
 
 def draw(name, process, num_steps):
@@ -32,16 +32,17 @@ def standard_errors(x):
 
 CASES = [
     (name, process)
-    for name, (_, settings, _) in SAMPLERS.items()
+    for name, (_, settings, order) in SAMPLERS.items()
     for process in PROCESSES
-    if process == "edm" or "churn" not in settings
+    # Deterministic samplers converge under every process (see test_convergence).
+    if process == "edm" or not (order or "churn" in settings)
 ]
 
 
 @pytest.mark.parametrize(("name", "process_name"), CASES)
 def test_every_sampler_targets_the_right_law(name, process_name):
     # More steps of DPM-Solver-v3 would crowd upon the 250 points of its default statistics.
-    x = draw(name, PROCESSES[process_name], 60 if name == "dpm_solver_v3" else 150)
+    x = draw(name, PROCESSES[process_name], 60 if name == "dpm_solver_v3" else 100)
     # First-order samplers are biased by 3 standard errors with 150 steps (measured with 40 000
     # samples). A deviation of 5 beyond that has probability 6e-7 in each of 56 comparisons.
     assert np.abs(standard_errors(x)).max() < 8

@@ -1,9 +1,9 @@
 import json
-import shlex
-import sys
 import os
+import shlex
 import shutil
 import signal
+import sys
 import threading
 
 import jax

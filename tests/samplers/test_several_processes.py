@@ -1,0 +1,34 @@
+"""Sampling on a mesh that spans processes gives the samples of one process."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+PROGRAM = Path(__file__).with_name("draw_in_processes.py")
+
+
+def draw(count, out):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(PROGRAM.parents[2])}
+    members = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(index), str(count), str(port), str(out)],
+            env=environment,
+        )
+        for index in range(count)
+    ]
+    assert [member.wait(timeout=300) for member in members] == [0] * count
+    return np.load(out)
+
+
+def test_two_processes_draw_the_samples_of_one(tmp_path):
+    alone, together = draw(1, tmp_path / "one.npy"), draw(2, tmp_path / "two.npy")
+    assert alone.shape == (6, 2, 2, 1)
+    # The iterate starts at 80, where float32 resolves 8e-6, and is rounded in each of five steps.
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)
