@@ -1,6 +1,10 @@
 """MNIST (5000 images of 28x28), class-conditional EDM with a small DiT.
 
 python -m experiments.train --config=configs/mnist5k_dit.py --workdir=runs/mnist5k_dit
+
+Some two and a half hours on two CPU cores. Not run to the end by us: 1500 steps (12 minutes, two busy
+cores) under a schedule of that length reach a loss of 0.25 and a Frechet distance of 136 (500 samples,
+classifier features); strokes, but not yet digits.
 """
 
 import ml_collections
@@ -26,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     }
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine"})
     config.batch_size = 64
-    config.num_steps = 1_500
+    config.num_steps = 20_000
     config.optimizer.decay_steps = config.num_steps
     config.steps_per_call = 10
     config.log_every = 50
