@@ -1,10 +1,10 @@
 """Digits, class-conditional EDM (arXiv 2206.00364) with a residual MLP: minutes on a laptop.
 
-python -m experiments.train --config=configs/digits_edm.py --workdir=runs/digits_edm
+    python -m experiments.train --config=configs/digits_edm.py --workdir=runs/digits_edm
 
-About 4 minutes on two busy CPU cores. Frechet distance on features of a classifier trained on all digits,
-5000 samples of fresh seeds, Heun with 35 evaluations: 0.28 (`make demo`). A long run copies: see
-`genjax_lab.evaluation.memorization_report`.
+About 4 minutes on two busy CPU cores. Frechet distance on features of a classifier trained on all
+digits, 5000 samples of fresh seeds, Heun with 35 evaluations: 0.28 (`make demo`). A long run
+copies: see `genjax_lab.evaluation.memorization_report`.
 """
 
 import ml_collections

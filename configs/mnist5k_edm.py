@@ -1,9 +1,9 @@
 """MNIST (5000 images of 28x28), class-conditional EDM with a small DDPM++ U-Net.
 
-python -m experiments.train --config=configs/mnist5k_edm.py --workdir=runs/mnist5k_edm
+    python -m experiments.train --config=configs/mnist5k_edm.py --workdir=runs/mnist5k_edm
 
-Convolutions make this slow on a CPU; use `mnist5k_dit.py` there. Not run to the end by us, so no result
-is given.
+Convolutions make this slow on a CPU; use `mnist5k_dit.py` there. Not run to the end by us, so no
+result is given.
 """
 
 import ml_collections

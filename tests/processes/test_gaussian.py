@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from genjax_lab import processes
-from genjax_lab.processes.gaussian import PREDICTIONS, expand, same_noise_level
+from genjax_lab.processes.gaussian import PREDICTIONS, same_noise_level
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 EPS = np.finfo(np.float32).eps
