@@ -63,13 +63,13 @@ def test_every_pair_of_predictions_converts_back_and_forth(process):
 
 @ALL
 def test_predictions_mean_what_they_say(process):
-    with jax.enable_x64(True):
-        x0, noise, t, x = (np.asarray(value) for value in examples(process))
-        outputs = {kind: process.from_data(x0, x, t, kind) for kind in PREDICTIONS}
-        alpha, sigma, slope_alpha, slope_sigma = (
-            np.asarray(value)[:, None, None]
-            for value in (process.alpha(t), process.sigma(t), *process.derivatives(t))
-        )
+    x0, noise, t, x = examples(process)
+    outputs = {kind: process.from_data(x0, x, t, kind) for kind in PREDICTIONS}
+    values = (process.alpha(t), process.sigma(t), *process.derivatives(t))
+    alpha, sigma, slope_alpha, slope_sigma = (
+        np.asarray(value, np.float64)[:, None, None] for value in values
+    )
+    x0, noise, x = (np.asarray(value, np.float64) for value in (x0, noise, x))
     std = process.sigma_data
     square = (alpha * std) ** 2 + sigma**2
     meanings = {
@@ -82,7 +82,9 @@ def test_predictions_mean_what_they_say(process):
     }
     assert set(meanings) == set(PREDICTIONS)
     for kind, meaning in meanings.items():
-        np.testing.assert_allclose(outputs[kind], meaning, atol=1e-8)
+        c_skip, c_out = (np.asarray(c)[:, None, None] for c in process.coefficients(t, kind))
+        rounding = 8 * EPS * ((abs(x0) + abs(c_skip * x)) / abs(c_out) + abs(meaning))
+        assert np.all(abs(outputs[kind] - meaning) <= rounding), kind
 
 
 def test_edm_weight_makes_the_loss_uniform_in_the_network_output():

@@ -12,7 +12,11 @@ from genjax_lab.samplers.base import example_keys, step_keys
 
 SHAPE = (8, 2, 2, 1)
 # The variants left out run no line that these do not.
-EVERY = pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in ("ddim", "ddpm_large")])
+EVERY = pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in ("ddim", "ddpm_small")])
+# One of each structure: stages, randomness, history, weights of every step.
+SOME = pytest.mark.parametrize(
+    "name", ["heun_churn", "ddim_eta_1", "dpm_solver_pp_2m", "dpm_solver_v3"]
+)
 
 
 def make(name, process_name="edm", num_steps=5, t_max=None, mean=0.3):
@@ -54,7 +58,7 @@ def test_one_compilation_serves_all_variables_and_times(name):
     assert np.abs(results[0] - results[2]).max() > 1e-4
 
 
-@EVERY
+@SOME
 def test_vmap_over_keys_is_a_loop_over_keys(name):
     sampler = make(name)
     keys = jax.random.split(jax.random.key(3), 2)
@@ -64,7 +68,7 @@ def test_vmap_over_keys_is_a_loop_over_keys(name):
     assert np.abs(apart[0] - apart[1]).max() > 0.1
 
 
-@EVERY
+@SOME
 def test_gradient_with_respect_to_variables(name):
     def mean_sample(mean):
         sampler = make(name, mean=mean)
@@ -76,7 +80,7 @@ def test_gradient_with_respect_to_variables(name):
     assert slope > 0.5
 
 
-@EVERY
+@SOME
 def test_mesh_changes_nothing(name):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
     sampler = make(name)
@@ -118,12 +122,20 @@ def test_sampler_is_built_and_run_within_a_compiled_function(name):
     # The state has the precision of the platform.
     assert (result.shape, result.dtype) == (SHAPE, jnp.float64)
     assert info.num_steps.shape == ()
-    if name == "ddpm_small":
+    if name == "ddpm_large":
         compiled, _ = jax.jit(draw)(0.3, jnp.arange(8))
         np.testing.assert_allclose(compiled, draw(0.3, None)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm_solver_pp_2m", "dpm_solver_v3", "ddpm_small"])
+def test_ddim_with_all_noise_fresh_is_ddpm_with_the_small_variance():
+    draws = [
+        samplers.sample(make(name), jax.random.key(0), shape=SHAPE)[0]
+        for name in ("ddim_eta_1", "ddpm_small")
+    ]
+    np.testing.assert_allclose(draws[0], draws[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver_pp_2m", "dpm_solver_v3"])
 def test_samplers_of_the_log_snr_do_not_depend_on_the_process(name):
     edm, vp = PROCESSES["edm"], PROCESSES["vp"]
     build, settings, _ = SAMPLERS[name]
