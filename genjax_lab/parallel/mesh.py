@@ -32,14 +32,14 @@ def make_mesh(
         data: number of ways in which the batch alone is split.
         fsdp: number of ways in which both the batch and the parameters are split.
         tensor: number of ways in which output features are split.
-        devices: the devices to use; all devices of all processes by default.
+        devices: the devices to use; all devices of all processes by default, or, where one
+            process asks for fewer, the first of them.
 
     At most one size may be -1: it then takes the devices that the other two leave.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -48,6 +48,11 @@ def make_mesh(
             f"mesh sizes must be positive, and at most one of them -1 (the rest); got {asked}"
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices is None:
+        devices = jax.devices()
+        if not free and jax.process_count() == 1 and fixed < len(devices):
+            devices = devices[:fixed]
+    devices = list(devices)
     if free:
         sizes[free[0]] = len(devices) // fixed
     if not devices or math.prod(sizes.values()) != len(devices):

@@ -56,7 +56,6 @@ def train(
     *,
     workdir: str | os.PathLike,
     config: Mapping[str, Any] | ml_collections.ConfigDict,
-    devices: Sequence[jax.Device] | None = None,
     restore_step: int | None = None,
     allow_changes: Sequence[str] = (),
 ) -> TrainState:
@@ -66,7 +65,6 @@ def train(
         experiment: the learning problem.
         workdir: the directory of the run; made if missing.
         config: all fields of `default_config()`, and any others: all are stored.
-        devices: the devices to use; all by default.
         restore_step: continue from this checkpoint instead of the latest. Later ones are moved to
             `checkpoints_set_aside`.
         allow_changes: names of config fields that may differ from the checkpoint's, `*` for any
@@ -85,7 +83,7 @@ def train(
     if "://" in str(workdir):
         raise ValueError(f"workdir={str(workdir)!r} is not a path of a mounted file system")
     workdir = Path(workdir).absolute()
-    mesh = make_mesh(**config["mesh"], devices=devices)
+    mesh = make_mesh(**config["mesh"])
     train_step = _make_step(experiment, config, mesh)
     state, position = _start(
         experiment, train_step, workdir / "checkpoints", config, restore_step, allow_changes

@@ -33,7 +33,11 @@ def test_mesh_takes_exactly_the_given_devices():
     assert set(make_mesh(devices=devices).devices.flat) == set(devices)
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (4, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1)])
+def test_smaller_mesh_takes_the_first_devices():
+    assert list(make_mesh(2, 2).devices.flat) == jax.devices()[:4]
+
+
+@pytest.mark.parametrize("sizes", [(9, 1, 1), (4, 4, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1)])
 def test_mesh_sizes_that_do_not_fit_are_named_with_the_number_of_devices(sizes):
     with pytest.raises(ValueError, match=rf"data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}"):
         make_mesh(*sizes)

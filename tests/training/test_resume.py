@@ -95,7 +95,6 @@ def reference(tmp_path_factory):
         tiny_experiment.experiment(config),
         workdir=workdir,
         config=config,
-        devices=jax.devices()[:1],
     )
     return state, read_metrics(workdir)
 

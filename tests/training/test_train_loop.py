@@ -18,7 +18,7 @@ from genjax_lab.training.preemption import preemption_notice
 
 def run(workdir, config, *, experiment=None, **arguments):
     experiment = experiment or tiny_experiment.experiment(config)
-    return train(experiment, workdir=workdir, config=config, devices=jax.devices()[:1], **arguments)
+    return train(experiment, workdir=workdir, config=config, **arguments)
 
 
 def assert_same_parameters(a, b):

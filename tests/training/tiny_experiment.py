@@ -41,6 +41,7 @@ def config(**changes):
         eval_every=8,
         checkpoint_every=8,
         tensorboard=False,
+        mesh={"data": 1, "fsdp": 1, "tensor": 1},
         ema={"ema": {"half_life_images": 100.0}, "power": {"sigma_rel": 0.1}},
     )
     result.update(changes)
