@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from genjax_lab.attention import AttentionFunction, dense_attention
+from genjax_lab.networks.convolution import conv_general_dilated
 from genjax_lab.networks.embeddings import positional_embedding
 from genjax_lab.networks.labels import class_vectors, drop_labels
 from genjax_lab.networks.unet_block import (
@@ -132,6 +133,7 @@ class DhariwalUNet(nn.Module):
             out_channels,
             (3, 3),
             kernel_init=_INIT.final_kernel,
+            conv_general_dilated=conv_general_dilated,
             dtype=self.dtype,
             name="out_conv",
         )
@@ -170,6 +172,7 @@ class DhariwalUNet(nn.Module):
             (3, 3),
             kernel_init=_INIT.kernel,
             bias_init=_INIT.bias(9 * x.shape[-1]),
+            conv_general_dilated=conv_general_dilated,
             dtype=self.dtype,
             name=f"enc_{self._at(0)}_conv",
         )(x)

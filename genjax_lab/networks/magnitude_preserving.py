@@ -18,6 +18,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from genjax_lab.networks.convolution import conv2d
+
 # Kept in the denominator of every normalisation; published weights were trained with this value.
 EPSILON = 1e-4
 
@@ -149,9 +151,7 @@ class MPConv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if all(size == 1 for size in self.kernel_size):
             return jnp.dot(x, kernel.reshape(shape[-2:]))  # gradients of matmuls are faster on CPU
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        return conv2d(x, kernel)
 
 
 def normalize_weights(params: Mapping[str, Any], *, skip: Collection[str] = ()) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from genjax_lab.attention import AttentionFunction, dense_attention
+from genjax_lab.networks.convolution import conv_general_dilated
 from genjax_lab.networks.embeddings import FourierEmbedding, positional_embedding
 from genjax_lab.networks.labels import class_vectors, drop_labels
 from genjax_lab.networks.resampling import check_filter, downsample, upsample
@@ -256,6 +257,7 @@ class SongUNet(nn.Module):
             (3, 3),
             padding=padding,
             kernel_init=kernel_init,
+            conv_general_dilated=conv_general_dilated,
             dtype=self.dtype,
             name=name,
         )

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from genjax_lab.attention import AttentionFunction, dense_attention
+from genjax_lab.networks.convolution import conv_general_dilated
 from genjax_lab.networks.resampling import downsample, upsample
 
 
@@ -151,6 +152,7 @@ class UNetBlock(nn.Module):
             self.features,
             (3, 3),
             kernel_init=self.init.final_kernel,
+            conv_general_dilated=conv_general_dilated,
             dtype=self.dtype,
             name="conv1",
         )(y)
@@ -219,6 +221,7 @@ class UNetBlock(nn.Module):
             (3, 3),
             kernel_init=self.init.kernel,
             bias_init=self.init.bias(9 * channels),
+            conv_general_dilated=conv_general_dilated,
             dtype=self.dtype,
             name=name,
         )
