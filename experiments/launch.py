@@ -1,6 +1,7 @@
 """What the three programs share: joining the other hosts, and silence of chatty libraries."""
 
 import logging
+import os
 import warnings
 
 import jax
@@ -16,6 +17,10 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is; detec
 
 def connect() -> None:
     """Joins the other processes if --distributed was given; must come before any computation."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Virtual devices block a thread of XLA's CPU client in every collective that they wait for;
+        # it has one for each core, which may be too few for all of them to go on.
+        os.environ.setdefault("NPROC", "32")
     if not _DISTRIBUTED.value:
         return
     jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

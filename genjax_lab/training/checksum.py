@@ -20,11 +20,11 @@ def tree_checksums(tree: PyTree[Shaped[Array, "..."]]) -> dict[str, int]:
     Equal for equal bit patterns of equal shape and type, whether the leaf is a numpy array or a
     jax array of any sharding. All processes that hold a part of the arrays must call it.
     """
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _checksum(leaf)
+    # One at a time: hundreds of collective programs in flight can lock up XLA's CPU threads.
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(np.asarray(_checksum(leaf)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    return {path: int(np.asarray(value)) for path, value in leaves.items()}
 
 
 @jax.jit
