@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from genjax_lab.training import Experiment, Restored, restore
+from genjax_lab.training import Experiment, Restored, restore, restore_posthoc
 
 DOMAINS = ("images",)
 
@@ -27,14 +27,24 @@ def build(config: Mapping[str, Any]) -> Experiment:
     return importlib.import_module(f"experiments.{domain}").build(config)
 
 
-def from_checkpoint(directory: str, step: int | str | None = None) -> tuple[Experiment, Restored]:
+def from_checkpoint(
+    directory: str, step: int | str | None = None, *, sigma_rel: float | None = None
+) -> tuple[Experiment, Restored]:
     """The experiment and the state of a checkpoint, from its path alone.
 
     Args:
       directory: directory of a run.
       step: a step, its digits, or "best"; the last one if None.
+      sigma_rel: evaluate and sample with a power-function average of this relative width, made of
+        those that the run stored (arXiv 2312.02696, section 3.2), in place of the config's.
     """
     step = int(step) if isinstance(step, str) and step.isdigit() else step
     restored = restore(directory, step)
     mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # of these devices, whatever the run's were
-    return build(restored.config | {"mesh": mesh}), restored
+    config = ml_collections.ConfigDict(restored.config | {"mesh": mesh})
+    if sigma_rel is not None:
+        average = restore_posthoc(directory, sigma_rel, step=restored.step)["params"]
+        state = restored.state.replace(ema={**restored.state.ema, "posthoc": average})
+        restored = restored._replace(state=state)
+        config.evaluation.ema = "posthoc"
+    return build(config), restored

@@ -21,6 +21,9 @@ from genjax_lab import evaluation
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", required=True)
 _STEP = flags.DEFINE_string("step", None, "Which checkpoint: a number or 'best'; default the last.")
+_SIGMA_REL = flags.DEFINE_float(
+    "sigma_rel", None, "Width of an average made of the stored ones; default the config's average."
+)
 _METRICS = flags.DEFINE_list("metrics", None, "Metrics; default those of the config.")
 _RANGES = flags.DEFINE_integer(
     "seed_ranges", 3, "Ranges of seeds to take the minimum of.", lower_bound=2
@@ -35,7 +38,9 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     connect()
 
-    experiment, restored = experiments.from_checkpoint(_CHECKPOINT.value, _STEP.value)
+    experiment, restored = experiments.from_checkpoint(
+        _CHECKPOINT.value, _STEP.value, sigma_rel=_SIGMA_REL.value
+    )
     num = _NUM.value or ml_collections.ConfigDict(restored.config).evaluation.num_samples
     ranges = [range(i * num, (i + 1) * num) for i in range(_RANGES.value + 1)]
     values = [

@@ -16,6 +16,9 @@ from experiments.launch import connect, quiet_libraries
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", required=True)
 _STEP = flags.DEFINE_string("step", None, "Which checkpoint: a number or 'best'; default the last.")
+_SIGMA_REL = flags.DEFINE_float(
+    "sigma_rel", None, "Width of an average made of the stored ones; default the config's average."
+)
 _NUM = flags.DEFINE_integer("num", 80, "How many samples.", lower_bound=1)
 _FIRST = flags.DEFINE_integer("first", 0, "Seed of the first sample.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
@@ -26,7 +29,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     quiet_libraries()
     connect()
-    experiment, restored = experiments.from_checkpoint(_CHECKPOINT.value, _STEP.value)
+    experiment, restored = experiments.from_checkpoint(
+        _CHECKPOINT.value, _STEP.value, sigma_rel=_SIGMA_REL.value
+    )
     seeds = range(_FIRST.value, _FIRST.value + _NUM.value)
     samples = np.concatenate(
         [part for _, part in experiment.sample(restored.state, seeds, progress=True)]
