@@ -1,6 +1,78 @@
 """What is minimised: functions (variables, batch, key) -> (loss, metrics)."""
 
 from genjax_lab.objectives.augmentation import Augmentation, augmented, edm_augmentation
+from genjax_lab.objectives.contrastive import (
+    cca_loss,
+    dpo_loss,
+    extrapolate,
+    kto_loss,
+    spin_loss,
+    unlikelihood_loss,
+)
 from genjax_lab.objectives.denoising import Objective, denoising
+from genjax_lab.objectives.discriminative import (
+    F_DIVERGENCES,
+    calibrate_beta,
+    ddo_loss,
+    f_divergence_loss,
+    jsd_from_loss,
+    start_of_round_ratio,
+    tilted_optimum,
+)
+from genjax_lab.objectives.discriminative_denoising import (
+    ddo_denoising,
+    ddo_denoising_grid,
+    seeded_log_likelihoods,
+)
+from genjax_lab.objectives.discriminative_tokens import ddo_tokens
+from genjax_lab.objectives.likelihood import (
+    autoregressive_log_likelihood,
+    diffusion_log_likelihood,
+    draw_times_and_masks,
+    draw_times_and_noise,
+    masked_log_likelihood,
+    seeded_times_and_noise,
+    token_log_probabilities,
+)
+from genjax_lab.objectives.log_ratio import (
+    log_ratio,
+    member_log_likelihoods,
+    paired_log_likelihoods,
+)
+from genjax_lab.objectives.tokenizer import tokenizer_reconstruction
 
-__all__ = ["Augmentation", "Objective", "augmented", "denoising", "edm_augmentation"]
+__all__ = [
+    "F_DIVERGENCES",
+    "Augmentation",
+    "Objective",
+    "augmented",
+    "autoregressive_log_likelihood",
+    "calibrate_beta",
+    "cca_loss",
+    "ddo_denoising",
+    "ddo_denoising_grid",
+    "ddo_loss",
+    "ddo_tokens",
+    "denoising",
+    "diffusion_log_likelihood",
+    "dpo_loss",
+    "draw_times_and_masks",
+    "draw_times_and_noise",
+    "edm_augmentation",
+    "extrapolate",
+    "f_divergence_loss",
+    "jsd_from_loss",
+    "kto_loss",
+    "log_ratio",
+    "masked_log_likelihood",
+    "member_log_likelihoods",
+    "paired_log_likelihoods",
+    "seeded_log_likelihoods",
+    "seeded_times_and_noise",
+    "spin_loss",
+    "start_of_round_ratio",
+    "tilted_optimum",
+    "token_log_probabilities",
+    "tokenizer_reconstruction",
+    "unlikelihood_loss",
+]

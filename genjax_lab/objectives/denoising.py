@@ -45,7 +45,7 @@ def denoising(
     """
 
     def objective(variables, batch, key):
-        clean = _clean_images(batch)
+        clean = images_of(batch)
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
         t = process.sample_time(time_key, clean.shape[:1])
         noisy = process.diffuse(clean, t, jax.random.normal(noise_key, clean.shape, clean.dtype))
@@ -78,35 +78,50 @@ def squared_error(
     clean: Float[Array, "batch *dims"],
     noisy: Float[Array, "batch *dims"],
     t: Float[Array, "batch"],
+    *,
+    reduce: str = "mean",
 ) -> Float[Array, "batch"]:
-    """Each example's weighted squared error, averaged over its dimensions, in float32.
+    """Each example's weighted squared error, in float32 or what is more precise.
+
+    Args:
+      process: schedule, prediction kind and weighting.
+      output: the network's.
+      clean: images.
+      noisy: the same, diffused to the times `t`.
+      t: times.
+      reduce: "mean" or "sum" over an example's dimensions.
 
     Raises:
-      ValueError: if the output has another shape than the images.
+      ValueError: if the output has another shape than the images, or for another `reduce`.
     """
+    if reduce not in ("mean", "sum"):
+        raise ValueError(f"reduce is {reduce!r}; it must be 'mean' or 'sum'")
     if output.shape != clean.shape:
         raise ValueError(
             f"the network's output has shape {list(output.shape)}, its images {list(clean.shape)}; "
             "it must predict as many channels as it sees"
         )
-    residual = output.astype(jnp.float32) - process.from_data(clean, noisy, t)
-    errors = jnp.mean(residual**2, axis=tuple(range(1, clean.ndim)))
+    output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+    residual = output - process.from_data(clean, noisy, t)
+    over_dimensions = jnp.mean if reduce == "mean" else jnp.sum
+    errors = over_dimensions(residual**2, axis=tuple(range(1, clean.ndim)))
     if process.weighting == process.prediction:
         return errors
     return errors * process.loss_weight(t) * process.coefficients(t)[1] ** 2
 
 
-def _clean_images(batch: Mapping[str, Array]) -> Array:
-    if "image" not in batch:
-        raise ValueError(f'batch must have the entry "image", got {sorted(batch)}')
-    images = jnp.asarray(batch["image"])
+def images_of(batch: Mapping[str, Array], name: str = "image") -> Float[Array, "batch *dims"]:
+    """The images of a batch; ValueError if it has none, or they are no float images."""
+    if name not in batch:
+        raise ValueError(f'batch must have the entry "{name}", got {sorted(batch)}')
+    images = jnp.asarray(batch[name])
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
-            f"batch['image'] must be floating point with values in [-1, 1], got {images.dtype}"
+            f"batch['{name}'] must be floating point with values in [-1, 1], got {images.dtype}"
         )
     if images.ndim < 2 or not images.size:
         raise ValueError(
-            "batch['image'] must be [batch, height, width, channels] (or [batch, ...] with another "
-            f"number of axes) and not empty, got {list(images.shape)}"
+            f"batch['{name}'] must be [batch, height, width, channels] (or [batch, ...] with "
+            f"another number of axes) and not empty, got {list(images.shape)}"
         )
     return images
