@@ -1,22 +1,35 @@
-"""Networks as flax linen modules: EDM U-Nets, EDM2, DiT; attention is injected as a function."""
+"""Networks as flax linen modules: EDM, EDM2, DiT, VAR; attention is injected as a function."""
 
 from genjax_lab.networks.dhariwal_unet import DhariwalUNet, adm_imagenet64
 from genjax_lab.networks.dit import DiT, dit_imagenet
 from genjax_lab.networks.edm2_unet import EDM2UNet, edm2_imagenet
+from genjax_lab.networks.image_tokenizer import ImageTokenizer, digits_tokenizer, quantizer_of
 from genjax_lab.networks.magnitude_preserving import normalize_weights
+from genjax_lab.networks.multi_scale_quantizer import MultiScaleQuantizer
 from genjax_lab.networks.residual_mlp import ResidualMLP
 from genjax_lab.networks.song_unet import SongUNet, ddpmpp_cifar10, ncsnpp_cifar10
+from genjax_lab.networks.var import VAR, block_causal_mask, drop_class, var_imagenet
+from genjax_lab.networks.vqvae import var_tokenizer
 
 __all__ = [
+    "VAR",
     "DhariwalUNet",
     "DiT",
     "EDM2UNet",
+    "ImageTokenizer",
+    "MultiScaleQuantizer",
     "ResidualMLP",
     "SongUNet",
     "adm_imagenet64",
+    "block_causal_mask",
     "ddpmpp_cifar10",
+    "digits_tokenizer",
     "dit_imagenet",
+    "drop_class",
     "edm2_imagenet",
     "ncsnpp_cifar10",
     "normalize_weights",
+    "quantizer_of",
+    "var_imagenet",
+    "var_tokenizer",
 ]

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from genjax_lab.networks.conv3x3 import convolve3x3
 from genjax_lab.networks.interpolation import resize_area, resize_bicubic
 
 # Scales of 256 x 256 images, whose features are 16 x 16.
@@ -99,10 +100,15 @@ class MultiScaleQuantizer(nn.Module):
                 f"{self.vocab_size}, {self.channels} and {self.num_phi}."
             )
         shape = (self.vocab_size, self.channels)
-        self.codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
-        count = self.num_phi or len(self.patch_nums)
-        make = lambda: nn.Conv(self.channels, (3, 3), precision=jax.lax.Precision.HIGHEST)  # noqa: E731
-        self.phi = [make() for _ in range(count)] if self.residual_ratio else []
+        self.codebook = self.param("codebook", nn.initializers.normal(0.1), shape)
+
+        def init_phi(key):
+            kernel = nn.initializers.lecun_normal()(key, (3, 3, self.channels, self.channels))
+            return {"kernel": kernel, "bias": jnp.zeros(self.channels)}
+
+        # Declared here, since with few scales some are the nearest of none and never used.
+        count = (self.num_phi or len(self.patch_nums)) if self.residual_ratio else 0
+        self.phi = [self.param(f"phi_{i}", init_phi) for i in range(count)]
 
     @property
     def num_tokens(self) -> int:
@@ -184,8 +190,9 @@ class MultiScaleQuantizer(nn.Module):
         if scale < len(self.patch_nums) - 1:
             h = resize_bicubic(h, (size, size))
         if self.phi:
-            ratio = self.residual_ratio
-            h = h * (1 - ratio) + self.phi[self._phi_of_scale(scale)](h) * ratio
+            ratio, highest = self.residual_ratio, jax.lax.Precision.HIGHEST
+            convolved = convolve3x3(h, **self.phi[self._phi_of_scale(scale)], precision=highest)
+            h = h * (1 - ratio) + convolved * ratio
         return f_hat + h
 
     def scale_inputs(

@@ -223,7 +223,7 @@ class VAR(nn.Module):
         Raises:
             ValueError: when shapes, labels or attributes do not fit together.
         """
-        first = self.patch_nums[0] ** 2
+        first = scale_bounds(self.patch_nums)[0][1]
         expected = (self.num_tokens - first, self.codebook_channels)
         if inputs.ndim != 3 or inputs.shape[1:] != expected:
             raise ValueError(

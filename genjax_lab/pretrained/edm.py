@@ -129,7 +129,7 @@ def from_state_dict(
 
     expected = {name: _original_shape(path, template[path].shape) for name, path in paths.items()}
     expected |= {name: taps.shape for name, taps in filters.items()}
-    _check_arrays(arrays, expected)
+    check_arrays(arrays, expected)
     for name, taps in filters.items():
         if not np.allclose(arrays[name].astype(np.float32), taps, rtol=1e-3):  # float16's spacing
             raise ValueError(
@@ -162,7 +162,7 @@ def to_state_dict(module: nn.Module, variables: Mapping[str, Any]) -> dict[str, 
     constant = isinstance(module, EDM2UNet)  # its first layer also sees a channel of ones
     template = flax.traverse_util.flatten_dict(_template(module, flat[first].shape[2] - constant))
     expected = {"/".join(path): leaf.shape for path, leaf in template.items()}
-    _check_names({"/".join(path): leaf.shape for path, leaf in flat.items()}, expected)
+    check_names({"/".join(path): leaf.shape for path, leaf in flat.items()}, expected)
 
     arrays = dict(_resample_filters(module))
     for path, leaf in flat.items():
@@ -269,7 +269,7 @@ def _resample_filters(module: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
         yield from ((f"{layer}.resample_filter", value) for layer in layers)
 
 
-def _check_arrays(arrays: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_arrays(arrays: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise a ValueError unless these are finite floats of the expected names and shapes."""
     wrong = [
         f"{name} ({getattr(array, 'dtype', type(array).__name__)})"
@@ -281,13 +281,13 @@ def _check_arrays(arrays: Mapping[str, Any], expected: Mapping[str, tuple[int, .
             "state_dict must hold numpy arrays of float32, float16 or bfloat16; these are not: "
             f"{_enumerate(wrong)}."
         )
-    _check_names({name: array.shape for name, array in arrays.items()}, expected)
+    check_names({name: array.shape for name, array in arrays.items()}, expected)
     broken = [n for n, a in arrays.items() if not np.isfinite(a.astype(np.float32)).all()]
     if broken:
         raise ValueError(f"state_dict holds NaN or infinity in: {_enumerate(broken)}.")
 
 
-def _check_names(
+def check_names(
     shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise a ValueError that lists all differences between two sets of names and shapes."""

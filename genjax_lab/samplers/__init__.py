@@ -22,6 +22,7 @@ from genjax_lab.samplers.model_statistics import (
     data_prediction_statistics,
     estimate_statistics,
 )
+from genjax_lab.samplers.next_scale import next_scale
 from genjax_lab.samplers.schedules import time_steps
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "estimate_statistics",
     "euler",
     "heun",
+    "next_scale",
     "sample",
     "sample_batches",
     "sde_dpm_solver_pp_2m",
