@@ -6,9 +6,10 @@ from typing import Any
 
 import ml_collections
 
-from genjax_lab.training import Experiment, Restored, restore, restore_posthoc
+from genjax_lab.training import Experiment, Restored, restore, restore_posthoc, train
 
 DOMAINS = ("images",)
+ROUNDS = ("self_play",)
 
 
 def build(config: Mapping[str, Any]) -> Experiment:
@@ -25,6 +26,25 @@ def build(config: Mapping[str, Any]) -> Experiment:
     if domain not in DOMAINS:
         raise ValueError(f"config.domain is {domain!r}; it must be one of {DOMAINS}")
     return importlib.import_module(f"experiments.{domain}").build(config)
+
+
+def run(config: ml_collections.ConfigDict, workdir: str, **options: Any) -> None:
+    """Does what a config says: trains an experiment, or plays rounds with a trained one.
+
+    Args:
+      config: of a domain or of rounds.
+      workdir: the directory of the run.
+      **options: `restore_step` and `allow_changes` of `genjax_lab.training.train`.
+
+    Raises:
+      ValueError: if there is no such domain, or rounds are asked to go back.
+    """
+    if config.get("domain") not in ROUNDS:
+        train(build(config), workdir=workdir, config=config, **options)
+        return
+    if given := {name: value for name, value in options.items() if value}:
+        raise ValueError(f"rounds of self-play take no {sorted(given)}; use another workdir")
+    importlib.import_module(f"experiments.{config.domain}").run(config, workdir)
 
 
 def from_checkpoint(

@@ -195,13 +195,29 @@ def _init(network: Any, config: ml_collections.ConfigDict, key: jax.Array) -> An
 
 def _training_batches(config: ml_collections.ConfigDict) -> Any:
     index, count = process_share(make_mesh(**config.mesh))
-    return _loader(
+    return make_batches(
         config, config.data.split, config.batch_size, shard_index=index, shard_count=count
     )
 
 
-def _loader(config: ml_collections.ConfigDict, split: str, batch_size: int, **options: Any) -> Any:
-    """The batches of a split; checks that the data are those that the network is built for."""
+def make_batches(
+    config: ml_collections.ConfigDict,
+    split: str,
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    **options: Any,
+) -> data.Loader:
+    """The batches of a split; checks that the data are those that the network is built for.
+
+    Args:
+      config: of the experiment.
+      split: of its data set.
+      batch_size: rows of the global batch.
+      seed: of the order; that of the config if None.
+      **options: what else `make_loader` takes.
+    """
+    seed = config.seed if seed is None else seed
     fields = config.data.to_dict()
     shape, num_classes = tuple(fields.pop("image_shape")), fields.pop("num_classes")
     resolution, flip = fields.pop("resolution", None), fields.pop("flip", False)
@@ -216,9 +232,7 @@ def _loader(config: ml_collections.ConfigDict, split: str, batch_size: int, **op
         )
     crop = functools.partial(data.center_crop, resolution=resolution) if resolution else None
     fields["transforms"] = (data.horizontal_flip,) if flip else ()
-    return data.make_loader(
-        name, split, batch_size, config.seed, preprocess=crop, **(fields | options)
-    )
+    return data.make_loader(name, split, batch_size, seed, preprocess=crop, **(fields | options))
 
 
 class _Judge:
@@ -311,7 +325,7 @@ class _Judge:
     def _real_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """The reference split once, in order."""
         settings = self._config.evaluation
-        return _loader(
+        return make_batches(
             self._config,
             settings.reference_split,
             settings.batch_size,

@@ -12,7 +12,6 @@ from ml_collections import config_flags
 
 import experiments
 from experiments.launch import connect, quiet_libraries
-from genjax_lab import training
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -33,11 +32,9 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     connect()
 
-    config = _CONFIG.value
-    training.train(
-        experiments.build(config),
-        workdir=_WORKDIR.value,
-        config=config,
+    experiments.run(
+        _CONFIG.value,
+        _WORKDIR.value,
         restore_step=_RESTORE_STEP.value,
         allow_changes=_ALLOW_CHANGES.value,
     )

@@ -3,20 +3,25 @@
 from genjax_lab.data.class_balance import balanced_labels
 from genjax_lab.data.image_levels import DatasetInfo, dequantize, quantize
 from genjax_lab.data.loader import Loader, Prefetch, make_loader, make_loader_from_arrays
+from genjax_lab.data.paired import PairedLoader
 from genjax_lab.data.prepared import dataset_info, prepare
+from genjax_lab.data.sample_pool import draw_pool, read_pool
 from genjax_lab.data.transforms import center_crop, horizontal_flip
 
 __all__ = [
     "DatasetInfo",
     "Loader",
+    "PairedLoader",
     "Prefetch",
     "balanced_labels",
     "center_crop",
     "dataset_info",
     "dequantize",
+    "draw_pool",
     "horizontal_flip",
     "make_loader",
     "make_loader_from_arrays",
     "prepare",
     "quantize",
+    "read_pool",
 ]

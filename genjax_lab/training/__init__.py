@@ -14,6 +14,13 @@ from genjax_lab.training.loop import train
 from genjax_lab.training.metric_log import read_metrics
 from genjax_lab.training.posthoc import restore_posthoc
 from genjax_lab.training.restoration import Restored, restore, restore_config
+from genjax_lab.training.self_play import (
+    RoundResult,
+    SelfPlay,
+    default_self_play_config,
+    run_round,
+    run_self_play,
+)
 from genjax_lab.training.state import TrainState
 from genjax_lab.training.step import TrainStep, make_train_step
 
@@ -23,9 +30,12 @@ __all__ = [
     "Experiment",
     "ParameterAverage",
     "Restored",
+    "RoundResult",
+    "SelfPlay",
     "TrainState",
     "TrainStep",
     "default_config",
+    "default_self_play_config",
     "half_life_ema",
     "make_train_step",
     "posthoc_ema",
@@ -35,5 +45,7 @@ __all__ = [
     "restore",
     "restore_config",
     "restore_posthoc",
+    "run_round",
+    "run_self_play",
     "train",
 ]

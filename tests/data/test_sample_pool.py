@@ -1,0 +1,92 @@
+"""Pools of samples: whole or not at all, and nobody else's."""
+
+import json
+
+import numpy as np
+import pytest
+
+from genjax_lab.data import draw_pool, read_pool
+
+ORIGIN = {"model": "abc", "sampler": {"name": "heun", "times": (1, 2)}}
+
+
+def drawer(calls=None, fail_at=None):
+    """Draws sample i = [[i mod 251]] in batches of 7."""
+
+    def draw(seeds):
+        if calls is not None:
+            calls.append(seeds)
+        for start in range(seeds.start, seeds.stop, 7):
+            part = np.arange(start, min(start + 7, seeds.stop))
+            if fail_at is not None and fail_at in part:
+                raise KeyboardInterrupt
+            yield part, (part % 251).astype(np.uint8)[:, None, None, None]
+
+    return draw
+
+
+def draw_into(directory, draw=None, seeds=range(100, 160), provenance=ORIGIN):
+    return draw_pool(
+        directory,
+        draw or drawer(),
+        seeds=seeds,
+        provenance=provenance,
+        label=lambda seeds: np.arange(seeds.start, seeds.stop) % 3,
+        part_size=25,
+    )
+
+
+def test_a_pool_holds_the_samples_of_its_seeds_in_order(tmp_path):
+    pool = draw_into(tmp_path)
+    np.testing.assert_array_equal(pool["image"][:, 0, 0, 0], np.arange(100, 160) % 251)
+    np.testing.assert_array_equal(pool["label"], np.arange(100, 160) % 3)
+    assert pool["label"].dtype == np.int32
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["label_counts"] == {"0": 20, "1": 20, "2": 20}
+    assert manifest["provenance"]["model"] == "abc"
+
+
+def test_drawing_goes_on_where_it_was_interrupted(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        draw_into(tmp_path, drawer(fail_at=140))
+    with pytest.raises(ValueError, match="no whole pool"):
+        read_pool(tmp_path)
+    calls = []
+    pool = draw_into(tmp_path, drawer(calls))
+    assert calls == [range(125, 150), range(150, 160)]
+    np.testing.assert_array_equal(pool["image"], draw_into(tmp_path / "other")["image"])
+    draw_into(tmp_path, drawer(calls))
+    assert len(calls) == 2  # nothing is drawn twice
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+@pytest.mark.parametrize("change", [{"provenance": {"model": "abd"}}, {"seeds": range(60)}])
+def test_a_pool_of_another_origin_is_refused(tmp_path, change, interrupted):
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            draw_into(tmp_path, drawer(fail_at=140))
+    else:
+        draw_into(tmp_path)
+    with pytest.raises(ValueError, match="another origin"):
+        draw_into(tmp_path, **change)
+
+
+def test_damage_is_noticed(tmp_path):
+    draw_into(tmp_path)
+    part = tmp_path / "samples_125.npz"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"samples_125\.npz is missing or was changed"):
+        read_pool(tmp_path)
+    part.unlink()
+    with pytest.raises(ValueError, match=r"samples_125\.npz is missing or was changed"):
+        draw_into(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        read_pool(tmp_path)
+
+
+@pytest.mark.parametrize("seeds", [range(0), range(0, 10, 2)])
+def test_seeds_must_be_consecutive(tmp_path, seeds):
+    with pytest.raises(ValueError, match="seeds must be"):
+        draw_into(tmp_path, seeds=seeds)

@@ -1,0 +1,217 @@
+"""Rounds of self-play on a model of which every number is known: a Gaussian of unit variance."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from genjax_lab.data import PairedLoader, make_loader_from_arrays
+from genjax_lab.objectives import ddo_loss
+from genjax_lab.training import (
+    SelfPlay,
+    default_self_play_config,
+    restore,
+    run_round,
+    run_self_play,
+    self_play,
+)
+
+TRUE_MEAN = 0.3
+MODEL_CONFIG = default_self_play_config().to_dict() | {"evaluation": {"ema": "ema"}}
+
+
+def config(**changes):
+    settings = default_self_play_config()
+    settings.update(
+        {
+            **{"rounds": 2, "alpha": (1.0, 4.0), "beta": (0.5,), "num_fakes": 64},
+            **{"selection_seeds": 50, "fresh_seeds": 50, "metric": "error", "batch_size": 8},
+            **{"num_steps": 12, "steps_per_call": 2, "eval_every": 4, "checkpoint_every": 4},
+            **{"tensorboard": False, "log_every": 4, "probe_steps": 10},
+            "mesh": {"data": 1},
+            "ema": {"ema": {"half_life_images": 10.0, "rampup_ratio": None}},
+        }
+    )
+    settings.update(changes)
+    return settings
+
+
+def normal(seeds):
+    return np.stack([np.random.default_rng(seed).normal(size=(1, 1, 4)) for seed in seeds])
+
+
+def log_likelihood(mean, x):
+    return -0.5 * jnp.sum((x - mean) ** 2, axis=(1, 2, 3))
+
+
+def gaussian(start=0.0, interrupt_after=None):
+    """A model N(mean, 1); `interrupt_after` counts scores until somebody presses a key."""
+    scores = []
+
+    def draw(variables, seeds):
+        samples = np.asarray(variables["params"]["mean"]) + normal(seeds)
+        yield np.array(seeds), samples.astype(np.float32)
+
+    def objective(alpha, beta, index):
+        def of_member(params, alpha, beta, reference, batch):
+            deltas = [
+                log_likelihood(params["mean"], batch[name]) - log_likelihood(reference, batch[name])
+                for name in ("image", "fake_image")
+            ]
+            return ddo_loss(*deltas, alpha, beta)
+
+        def loss(variables, batch, key):
+            reference = variables["reference"]["params"]["mean"]
+            values, metrics = jax.vmap(of_member, (0, 0, 0, None, None))(
+                variables["params"], jnp.array(alpha), jnp.array(beta), reference, batch
+            )
+            named = {
+                f"{name}/{i}": value[i]
+                for name, value in metrics.items()
+                for i in range(len(alpha))
+            }
+            return jnp.sum(values), named
+
+        return loss
+
+    def batches(pool, seed):
+        data = (TRUE_MEAN + normal(range(64))).astype(np.float32)
+        return PairedLoader(
+            *(
+                make_loader_from_arrays({"image": images}, 8, seed + i, value_range=None)
+                for i, images in enumerate((data, pool["image"]))
+            )
+        )
+
+    def score(variables, seeds):
+        scores.append(seeds)
+        if interrupt_after is not None and len(scores) > interrupt_after:
+            raise KeyboardInterrupt
+        noise = normal(seeds).mean() / 100
+        return {"error": float(np.mean(np.abs(variables["params"]["mean"] - TRUE_MEAN))) + noise}
+
+    return SelfPlay(
+        variables={"params": {"mean": np.full((1, 1, 4), start, np.float32)}},
+        draw=draw,
+        label=None,
+        provenance={"sampler": "exact"},
+        objective=objective,
+        optimizer=lambda: optax.adam(0.02),
+        batches=batches,
+        score=score,
+    )
+
+
+def play(workdir, model=None, **changes):
+    return run_self_play(
+        model or gaussian(), workdir=workdir, config=config(**changes), model_config=MODEL_CONFIG
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, play(workdir)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_rounds_come_closer_to_the_data(finished):
+    workdir, variables = finished
+    errors = [restore(workdir, step).metrics["error"] for step in range(3)]
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[0] == pytest.approx(TRUE_MEAN, abs=0.01)
+    same(restore(workdir).state.variables("ema"), variables)
+
+
+def test_a_round_keeps_the_best_member_at_its_best_step(finished):
+    workdir, _ = finished
+    result = json.loads((workdir / "round_1/result.json").read_text())
+    assert [(row["step"], row["alpha"], row["beta"]) for row in result["table"]] == [
+        (step, alpha, 0.5) for step in (4, 8, 12) for alpha in (1.0, 4.0)
+    ]
+    best = min(result["table"], key=lambda row: row["error"])
+    assert (result["step"], result["alpha"]) == (best["step"], best["alpha"])
+    assert result["selection"] == best["error"]
+    # Reported on other seeds than those that chose it.
+    assert result["fresh"] != result["selection"]
+    assert restore(workdir, 1).metrics["error"] == result["fresh"]
+
+
+def test_each_round_learns_against_the_samples_of_the_one_before(finished):
+    workdir, _ = finished
+    pools = [
+        json.loads((workdir / f"round_{index}/pool/manifest.json").read_text()) for index in (1, 2)
+    ]
+    assert pools[0]["seeds"][1] <= pools[1]["seeds"][0]
+    references = [
+        self_play.tree_digest(restore(workdir, index).state.variables()) for index in (0, 1)
+    ]
+    assert [pool["provenance"]["model"] for pool in pools] == references
+    reference = restore(workdir / "round_2/grid").state.constants["reference"]
+    same(reference, restore(workdir, 1).state.variables())
+
+
+def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
+    same(play(tmp_path), finished[1])
+    other = play(tmp_path / "other", seed=1, rounds=1)
+    assert np.any(other["params"]["mean"] != restore(finished[0], 1).state.params["mean"])
+
+
+@pytest.mark.parametrize("after", [0, 4, 9])
+def test_an_interrupted_run_goes_on_to_the_same_bits(finished, tmp_path, after):
+    with pytest.raises(KeyboardInterrupt):
+        play(tmp_path, gaussian(interrupt_after=after))
+    same(play(tmp_path), finished[1])
+    for index in (1, 2):
+        results = [root / f"round_{index}/result.json" for root in (tmp_path, finished[0])]
+        assert results[0].read_text() == results[1].read_text()
+
+
+def test_more_rounds_continue_a_finished_run(finished, tmp_path):
+    play(tmp_path, rounds=1)
+    same(play(tmp_path, rounds=2), finished[1])
+
+
+def test_beta_is_calibrated_by_a_probe(tmp_path):
+    play(tmp_path, beta=(), rounds=1)
+    beta = json.loads((tmp_path / "round_1/result.json").read_text())["beta"]
+    rows = [json.loads(x) for x in (tmp_path / "round_1/probe/metrics.jsonl").open()]
+    assert beta == pytest.approx(1 / rows[-1]["delta_real_std/0"])
+    assert restore(tmp_path, 1).log["beta"] == [beta]
+    assert 0.1 < beta < 100
+
+
+def test_a_foreign_pool_is_refused(tmp_path):
+    reference = gaussian().variables
+    run_round(gaussian(), reference, directory=tmp_path, config=config())
+    moved = jax.tree.map(lambda leaf: leaf + 1, reference)
+    with pytest.raises(ValueError, match="another origin"):
+        run_round(gaussian(), moved, directory=tmp_path, config=config())
+
+
+def test_other_weights_and_other_settings_are_refused(tmp_path):
+    play(tmp_path, rounds=1)
+    with pytest.raises(ValueError, match="other pretrained weights"):
+        play(tmp_path, gaussian(start=1.0))
+    with pytest.raises(ValueError, match=r"alpha"):
+        play(tmp_path, alpha=(2.0,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "rounds must be a positive"),
+        ({"alpha": ()}, "alpha is empty"),
+        ({"max_grad_norm": 1.0}, "couple the members"),
+        ({"metric": "beauty"}, "beauty"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        play(tmp_path, **changes)
