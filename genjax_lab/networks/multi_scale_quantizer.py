@@ -46,8 +46,8 @@ def phi_of_scale(num_scales: int, num_phi: int) -> tuple[int, ...]:
     """Which of `num_phi` residual convolutions each scale uses: the nearest on [0, 1].
 
     Scale k lies at k / (K - 1), the only one of K = 1 at 1. Convolution i of n lies at evenly
-    spaced points from 1/(2n) to 1 - 1/(2n); for n = 4, from 1/12 to 11/12. The first of two equally
-    near ones is taken.
+    spaced points from 1/(2n) to 1 - 1/(2n); for n = 4, from 1/12 to 11/12. Where two are equally
+    near, float64's rounding decides, in the original's order of operations.
     """
     border = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
     ticks = np.linspace(border, 1 - border, num_phi)

@@ -1,4 +1,4 @@
-"""VAR: sizes, mask, cache, likelihood, contract; tests/pretrained/test_var_weights.py has parity."""
+"""VAR: sizes, mask, cache, likelihood and contract; its parity is in test_var_weights.py."""
 
 import functools
 import itertools
