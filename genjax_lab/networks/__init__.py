@@ -8,7 +8,7 @@ from genjax_lab.networks.magnitude_preserving import normalize_weights
 from genjax_lab.networks.multi_scale_quantizer import MultiScaleQuantizer
 from genjax_lab.networks.residual_mlp import ResidualMLP
 from genjax_lab.networks.song_unet import SongUNet, ddpmpp_cifar10, ncsnpp_cifar10
-from genjax_lab.networks.var import VAR, block_causal_mask, drop_class, var_imagenet
+from genjax_lab.networks.var import VAR, block_causal_mask, drop_class, teacher_forced, var_imagenet
 from genjax_lab.networks.vqvae import var_tokenizer
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "ncsnpp_cifar10",
     "normalize_weights",
     "quantizer_of",
+    "teacher_forced",
     "var_imagenet",
     "var_tokenizer",
 ]

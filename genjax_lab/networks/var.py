@@ -13,17 +13,22 @@ the 512 x 512 model shares among its blocks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from genjax_lab.networks.multi_scale_quantizer import VAR_PATCH_NUMS, scale_bounds
+from genjax_lab.networks.multi_scale_quantizer import (
+    VAR_PATCH_NUMS,
+    MultiScaleQuantizer,
+    scale_bounds,
+)
 
 # Depths of arXiv 2404.02905, Section 4: width is 64 depth, in heads of 64.
 _DEPTHS = {"d16": 16, "d20": 20, "d24": 24, "d30": 30}
@@ -391,6 +396,40 @@ class VAR(nn.Module):
                 f"negative, got {self.depth}, {self.vocab_size}, {self.codebook_channels} and "
                 f"{self.num_classes}."
             )
+
+
+def teacher_forced(
+    network: VAR, quantizer: MultiScaleQuantizer, quantizer_variables: Mapping[str, Any]
+) -> Partial:
+    """The network as a function of tokens, the form that objectives of token models take.
+
+    Args:
+        network: the transformer.
+        quantizer: what its tokens come from, with its frozen variables.
+        quantizer_variables: those variables.
+
+    Returns:
+        `apply(variables, tokens [batch, L], labels=None, *, train=False, rngs=None)` -> logits
+        [batch, L, vocab_size], those of a token being a function of coarser scales' tokens alone.
+
+    Raises:
+        ValueError: if network and quantiser differ in scales, codes or features.
+    """
+    ours = (tuple(network.patch_nums), network.vocab_size, network.codebook_channels)
+    others = (tuple(quantizer.patch_nums), quantizer.vocab_size, quantizer.channels)
+    if ours != others:
+        raise ValueError(
+            f"patch_nums, vocab_size and channels of the network are {ours}, but {others} of the "
+            "quantizer."
+        )
+    return Partial(_apply_to_tokens, network, quantizer, quantizer_variables)
+
+
+def _apply_to_tokens(
+    network, quantizer, quantizer_variables, variables, tokens, labels=None, **options
+):
+    inputs = quantizer.apply(quantizer_variables, tokens, method="tokens_to_inputs")
+    return network.apply(variables, inputs, labels, **options)
 
 
 def _levels(patch_nums: Sequence[int]) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from genjax_lab.networks.multi_scale_quantizer import MultiScaleQuantizer, scale_bounds
-from genjax_lab.networks.var import VAR, block_causal_mask, drop_class, var_imagenet
+from genjax_lab.networks.var import VAR, block_causal_mask, drop_class, teacher_forced, var_imagenet
 
 PATCH_NUMS = (1, 2, 3)
 NET = VAR(
@@ -129,10 +129,11 @@ def test_likelihoods_of_all_sequences_sum_to_one(random_variables, quick_jit):
     variables = random_variables(net, jnp.zeros((1, 4, 4)), scale=0.5)
     tokens = np.array(list(itertools.product(range(codes), repeat=5)))
 
+    apply = teacher_forced(net, quantizer, quantizer_variables)
+
     @quick_jit
     def log_likelihoods(tokens):
-        seen = quantizer.apply(quantizer_variables, tokens, method="tokens_to_inputs")
-        logits = net.apply(variables, seen, jnp.full(len(tokens), 2))
+        logits = apply(variables, tokens, jnp.full(len(tokens), 2), train=False)
         log_probs = jax.nn.log_softmax(logits)
         return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0].sum(axis=1)
 
@@ -294,6 +295,8 @@ def test_impossible_attributes_are_refused(attributes, match):
 
 
 def test_other_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 2, 3\), 7, 4\), but \(\(1, 2\), 7, 4\)"):
+        teacher_forced(NET, QUANTIZER.clone(patch_nums=(1, 2)), {})
     with pytest.raises(ValueError, match="'d17'"):
         var_imagenet("d17")
     with pytest.raises(ValueError, match="rate"):
