@@ -1,0 +1,190 @@
+"""The DDO objective of token models, above all what happens to rows with a dropped label."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genjax_lab.objectives import (
+    autoregressive_log_likelihood,
+    ddo_loss,
+    ddo_tokens,
+    draw_times_and_masks,
+    masked_log_likelihood,
+)
+
+ROWS, LENGTH, VOCAB, CLASSES = 8, 5, 4, 3
+KEY = jax.random.key(3)
+
+
+def markov(variables, tokens, label, *, train):
+    """Logits by class and the token before; class 3 is none."""
+    assert train is False
+    before = jnp.concatenate([jnp.full_like(tokens[:, :1], VOCAB), tokens[:, :-1]], axis=1)
+    return variables["params"][label[:, None], before]
+
+
+def masked(variables, tokens, t, label, *, train):
+    neighbour = jnp.roll(tokens, 1, axis=1)
+    return variables["params"][label[:, None], neighbour] * t[:, None, None]
+
+
+def table(seed):
+    return np.random.default_rng(seed).standard_normal((CLASSES + 1, VOCAB + 1, VOCAB)) * 0.5
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return {"params": jnp.float32(table(0)), "reference": {"params": jnp.float32(table(1))}}
+
+
+def make_batch():
+    rng = np.random.default_rng(2)
+    tokens, fake = rng.integers(0, VOCAB, (2, ROWS, LENGTH))
+    return {
+        "tokens": tokens,
+        "fake_tokens": fake,
+        "label": np.arange(ROWS) % CLASSES,
+        "fake_label": (np.arange(ROWS) + 1) % CLASSES,
+    }
+
+
+def objective(**options):
+    options = {"alpha": 10.0, "beta": 0.4} | options
+    return ddo_tokens(autoregressive_log_likelihood(markov), **options)
+
+
+def log_p(table, tokens, label):
+    return autoregressive_log_likelihood(markov)({"params": table}, tokens, label)
+
+
+def ratios(variables, batch):
+    own, frozen = variables["params"], variables["reference"]["params"]
+    return [
+        log_p(own, batch[x], batch[c]) - log_p(frozen, batch[x], batch[c])
+        for x, c in (("tokens", "label"), ("fake_tokens", "fake_label"))
+    ]
+
+
+DROPPED = np.arange(ROWS) % 3 == 0
+
+
+def test_the_loss_is_that_of_exact_log_ratios_over_the_larger_of_alpha_and_one(variables):
+    batch = make_batch()
+    expected = ddo_loss(*ratios(variables, batch), 10.0, 0.4)[0]
+    loss, metrics = objective()(variables, batch, KEY)
+    np.testing.assert_allclose(loss, expected / 10, rtol=1e-5)
+    nll = -np.mean(log_p(variables["params"], batch["tokens"], batch["label"])) / LENGTH
+    np.testing.assert_allclose(metrics["mle_loss"], nll, rtol=1e-5)
+    plain = objective(normalize_by_alpha=False)(variables, batch, KEY)[0]
+    np.testing.assert_allclose(plain, expected, rtol=1e-5)
+
+
+def test_equal_networks_start_at_a_coin(variables):
+    same = {"params": variables["params"], "reference": {"params": variables["params"]}}
+    gradient = jax.jit(jax.value_and_grad(objective(), has_aux=True))
+    (loss, metrics), _ = gradient(same, make_batch(), KEY)
+    np.testing.assert_allclose(loss, 11 * np.log(2) / 10, atol=1e-6)
+    assert metrics["delta_real_std"] == metrics["delta_fake_std"] == metrics["margin"] == 0
+
+
+def test_rows_with_a_dropped_label_see_no_samples(variables):
+    batch = make_batch() | {"label_dropped": DROPPED}
+    for mode in ("alpha0", "mle"):
+        value = jax.jit(objective(null_label=CLASSES, uncond_mode=mode))
+        loss, slope = jax.value_and_grad(lambda v, b, f=value: f(v, b, KEY)[0])(variables, batch)
+        changed = np.where(
+            DROPPED[:, None], (batch["fake_tokens"] + 1) % VOCAB, batch["fake_tokens"]
+        )
+        other = value(variables, batch | {"fake_tokens": changed}, KEY)[0]
+        np.testing.assert_allclose(other, loss, rtol=1e-6)
+        # The rows of "no class" are trained by the dropped rows' data alone, and are trained.
+        assert np.any(slope["params"][CLASSES] != 0)
+        only = batch | {"tokens": np.where(DROPPED[:, None], batch["tokens"], 0)}
+        np.testing.assert_allclose(
+            jax.grad(lambda v, b, f=value: f(v, b, KEY)[0])(variables, only)["params"][CLASSES],
+            slope["params"][CLASSES],
+            rtol=1e-5,
+            atol=1e-7,
+        )
+        kept_changed = batch | {"fake_tokens": (batch["fake_tokens"] + 1) % VOCAB}
+        assert abs(value(variables, kept_changed, KEY)[0] - loss) > 1e-4
+
+
+def test_the_two_modes_are_the_data_term_and_the_likelihood(variables):
+    batch = make_batch()
+    null = {name: np.where(DROPPED, CLASSES, batch[name]) for name in ("label", "fake_label")}
+    real, fake = ratios(variables, batch | null)
+    kept = np.float32(~DROPPED)
+    dropped = batch | {"label_dropped": DROPPED}
+    data_term = ddo_loss(real, fake, 10.0, 0.4, fake_weight=kept)[0] / 10
+    found = objective(null_label=CLASSES)(variables, dropped, KEY)[0]
+    np.testing.assert_allclose(found, data_term, rtol=1e-5)
+    nll = -log_p(variables["params"], batch["tokens"], null["label"]) / LENGTH
+    likelihood = ddo_loss(real, fake, 10.0, 0.4, real_weight=kept, fake_weight=kept)[0] / 10
+    likelihood += np.mean(DROPPED * nll)
+    found = objective(null_label=CLASSES, uncond_mode="mle")(variables, dropped, KEY)[0]
+    np.testing.assert_allclose(found, likelihood, rtol=1e-5)
+    # Labels may come dropped already.
+    found = objective()(variables, dropped | null, KEY)[0]
+    np.testing.assert_allclose(found, data_term, rtol=1e-5)
+
+
+def test_recorded_terms_replace_the_reference_exactly_where_the_likelihood_is_exact(variables):
+    batch = make_batch()
+    frozen = variables["reference"]["params"]
+    terms = {
+        "reference_real": log_p(frozen, batch["tokens"], batch["label"]),
+        "reference_fake": log_p(frozen, batch["fake_tokens"], batch["fake_label"]),
+    }
+    found = objective()({"params": variables["params"]}, batch | terms, KEY)[0]
+    np.testing.assert_allclose(found, objective()(variables, batch, KEY)[0], rtol=1e-5)
+
+
+def test_masks_are_shared_by_data_and_samples_and_by_both_networks(variables):
+    batch = make_batch()
+    log_likelihood = masked_log_likelihood(masked, VOCAB)
+    value = ddo_tokens(log_likelihood, alpha=1.0, beta=0.4, draw=draw_times_and_masks)
+    t, mask = draw_times_and_masks(KEY, (ROWS, LENGTH))
+    deltas = [
+        log_likelihood(variables, batch[x], batch[c], t, mask)
+        - log_likelihood(variables["reference"], batch[x], batch[c], t, mask)
+        for x, c in (("tokens", "label"), ("fake_tokens", "fake_label"))
+    ]
+    found = value(variables, batch, KEY)[0]
+    np.testing.assert_allclose(found, ddo_loss(*deltas, 1.0, 0.4)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"fake_tokens": None}, {}, '"fake_tokens"'),
+        ({"fake_tokens": np.zeros((ROWS, 4), int)}, {}, r"fake_tokens.*\[8, 5\].*\[8, 4\]"),
+        ({"tokens": np.zeros((ROWS, LENGTH))}, {}, "integers.*float"),
+        ({"fake_label": None}, {}, "fake_label"),
+        ({"label_dropped": np.zeros(ROWS)}, {}, "bool"),
+        (
+            {"label": None, "fake_label": None, "label_dropped": DROPPED},
+            {"null_label": CLASSES},
+            "label_dropped",
+        ),
+        (
+            {f"reference_{x}": np.zeros(ROWS, np.float32) for x in ("real", "fake")},
+            {"draw": draw_times_and_masks},
+            "recorded",
+        ),
+    ],
+)
+def test_refuses_batches_that_are_not_as_described(variables, change, options, message):
+    batch = {k: v for k, v in (make_batch() | change).items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+        objective(**options)(variables, batch, KEY)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"alpha": -1}, "alpha"), ({"beta": 0}, "beta"), ({"uncond_mode": "cfg"}, "cfg.*alpha0")],
+)
+def test_refuses_options_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        objective(**options)
