@@ -1,0 +1,180 @@
+"""Rounds of DDO from the command line, on the checkpoint of a run of images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import experiments
+from configs import digits_ddo, digits_edm
+from genjax_lab.training import restore, train
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "rounds": 2,
+    "num_fakes": 96,
+    "batch_size": 32,
+    "num_steps": 8,
+    "steps_per_call": 4,
+    "eval_every": 4,
+    "checkpoint_every": 4,
+    "log_every": 4,
+    "selection_seeds": 48,
+    "fresh_seeds": 48,
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.warmup_steps": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """All processes share what they compile, which is most of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("base")
+    config = digits_edm.get_config()
+    config.update_from_flattened_dict(
+        {
+            **{"num_steps": 20, "steps_per_call": 10, "checkpoint_every": 20, "progress": False},
+            **{"network.width": 16, "network.num_blocks": 1, "sampler.num_steps": 3},
+            **{"evaluation.num_samples": 48, "evaluation.batch_size": 48},
+            "evaluation.cache_dir": str(tmp_path_factory.mktemp("cache")),
+        }
+    )
+    config.mesh.data = 1
+    train(experiments.build(config), workdir=workdir, config=config)
+    return workdir
+
+
+def start(module, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{module}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def play(base, workdir):
+    flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    return start(
+        "train",
+        *("--config=configs/digits_ddo.py", f"--config.base={base}", f"--workdir={workdir}"),
+        *flags,
+    )
+
+
+def finish(process, status=0):
+    output, errors = process.communicate(timeout=500)
+    assert process.returncode == status, errors[-3000:]
+    return output
+
+
+def test_rounds_leave_a_run_that_is_evaluated_and_sampled_from_its_path(base, tmp_path):
+    finish(play(base, tmp_path))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "1", "2"]
+    result = json.loads((tmp_path / "round_2/result.json").read_text())
+    assert len(result["table"]) == 2 * len(digits_ddo.get_config().alpha)
+    first = restore(base).state.variables("ema")
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, 0).state.variables("ema"), first)
+
+    finish(start("evaluate", f"--checkpoint={tmp_path}", "--step=best", "--num=48"))
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    fresh = [restore(tmp_path, step).metrics["frechet"] for step in range(3)]
+    assert evaluation["step"] == int(np.argmin(fresh))
+    finish(start("sample", f"--checkpoint={tmp_path}", "--num=20", f"--out={tmp_path}/x.png"))
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+    # Killed in the middle of a round, the same command ends with the same bits.
+    broken = tmp_path / "broken"
+    process = play(base, broken)
+    while not (broken / "round_2/pool/manifest.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    assert not (broken / "checkpoints/2").exists()
+    finish(play(base, broken))
+    trees = [restore(directory).state.params for directory in (tmp_path, broken)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+    texts = [(directory / "round_2/result.json").read_text() for directory in (tmp_path, broken)]
+    assert texts[0] == texts[1]
+
+
+def test_the_ratios_are_exactly_zero_at_the_start_of_a_round(base, tmp_path):
+    """On the first step of the real objective, in the compiled training step."""
+    config = digits_ddo.get_config()
+    config.base = str(base)
+    once = {"rounds": 1, "num_steps": 1, "steps_per_call": 1, "log_every": 1}
+    once |= {"eval_every": 1, "checkpoint_every": 1, "progress": False}
+    config.update_from_flattened_dict(SMALL | once)
+    config.mesh.data = 1
+    experiments.run(config, tmp_path)
+    first = json.loads((tmp_path / "round_1/grid/metrics.jsonl").open().readline())
+    for member, alpha in enumerate(config.alpha):
+        assert first[f"delta_real_mean/{member}"] == first[f"delta_fake_mean/{member}"] == 0
+        assert first[f"delta_real_std/{member}"] == 0
+        np.testing.assert_allclose(first[f"loss/{member}"], (1 + alpha) * np.log(2), rtol=1e-6)
+        assert first[f"accuracy/{member}"] == 0.5
+
+
+def test_late_rounds_may_widen_the_noise(base):
+    """`process_from_round` changes the law of training times, and only that."""
+    from experiments import self_play
+
+    config = digits_ddo.get_config()
+    config.base = str(base)
+    config.process_from_round = {"2": {"log_sigma_std": 30.0}}
+    play_config, _ = self_play.build(config)
+    variables = jax.tree.map(lambda leaf: np.stack([leaf]), play_config.variables["params"])
+    batch = {"image": np.zeros((256, 8, 8, 1), np.float32), "label": np.zeros(256, np.int32)}
+    batch |= {f"fake_{name}": value for name, value in batch.items()}
+    variables = {
+        **play_config.variables,
+        "params": variables,
+        "reference": play_config.variables,
+    }
+    losses = [
+        float(
+            play_config.objective((1.0,), (1.0,), index)(variables, batch, jax.random.key(0))[1][
+                "mle_loss/0"
+            ]
+        )
+        for index in (1, 2)
+    ]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": None}, "config.base is missing"),
+        ({"base": "/nonexistent"}, "is not a directory"),
+        ({"loss": "beauty"}, "config.loss is 'beauty'"),
+    ],
+)
+def test_mistakes_are_named(base, tmp_path, changes, message):
+    config = digits_ddo.get_config()
+    config.update_from_flattened_dict(SMALL | {"base": str(base), "progress": False} | changes)
+    with pytest.raises(ValueError, match=message):
+        experiments.run(config, tmp_path)
+
+
+def test_rounds_do_not_go_back(base, tmp_path):
+    with pytest.raises(ValueError, match="restore_step"):
+        experiments.run(digits_ddo.get_config(), tmp_path, restore_step=3)
