@@ -5,8 +5,9 @@ The two log-likelihoods are sums over thousands of dimensions of which a small d
 programs of them: theta's, whose intermediate values the backward pass reads, is fused otherwise
 than the reference's, and the two round differently (about one unit in the last place on a CPU,
 which neither `optimization_barrier` nor a shared `jit` prevents). Here the weights are stacked and
-go through one vectorised program, which treats its rows alike. Of the reference's row nothing is
-kept, so it costs a forward pass and its weights' copy, and no backward pass.
+go through one vectorised program, which treats its rows alike. Of the reference's row nothing
+is kept for the backward pass, so it costs a forward pass, the memory of its activations until then
+and a copy of the weights.
 """
 
 import functools

@@ -167,6 +167,17 @@ def test_the_probabilities_of_all_sequences_sum_to_one():
     np.testing.assert_allclose(log_p[17], by_hand, rtol=1e-5)
 
 
+def test_logits_in_bfloat16_are_normalised_in_float32():
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 1000)), jnp.bfloat16)
+    tokens = np.array([[1, 999, 5], [7, 0, 42]])
+    exact = np.asarray(logits, float)
+    expected = np.take_along_axis(exact, tokens[..., None], axis=-1)[..., 0]
+    expected -= np.log(np.exp(exact).sum(axis=-1))
+    found = token_log_probabilities(logits, tokens)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_masked_out_positions_do_not_count():
     weights = jnp.float32(np.random.default_rng(0).standard_normal((LENGTH, VOCAB + 1, VOCAB)))
     tokens = np.array([[0, 1, 2, 1], [2, 2, 0, 1]])
