@@ -1,13 +1,12 @@
 """log p_theta - log p_ref of a network and a frozen copy of it, exactly 0 while they are equal.
 
 The two log-likelihoods are sums over thousands of dimensions of which a small difference is wanted
-(arXiv 2503.01103). Written as `f(theta) - stop_gradient(f(ref))` the compiler makes two
-programs of them: theta's, whose intermediate values the backward pass reads, is fused otherwise
-than the reference's, and the two round differently (about one unit in the last place on a CPU,
-which neither `optimization_barrier` nor a shared `jit` prevents). Here the weights are stacked and
-go through one vectorised program, which treats its rows alike. Of the reference's row nothing
-is kept for the backward pass, so it costs a forward pass, the memory of its activations until then
-and a copy of the weights.
+(arXiv 2503.01103). Written as `f(theta) - stop_gradient(f(ref))` the compiler makes two programs of
+them: theta's, whose intermediate values the backward pass reads, is fused otherwise than the
+reference's, and the two round differently (about one unit in the last place on a CPU, which
+`optimization_barrier` does not prevent). Here the weights are stacked and go through one vectorised
+program, which treats its rows alike. Of the reference's row nothing is kept for the backward pass,
+so it costs a forward pass, the memory of its activations until then and a copy of the weights.
 """
 
 import functools
