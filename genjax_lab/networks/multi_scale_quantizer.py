@@ -185,7 +185,9 @@ class MultiScaleQuantizer(nn.Module):
             scale: k, static.
         """
         side, size = self.patch_nums[scale], self.patch_nums[-1]
-        codes = jnp.take(self.codebook, tokens, axis=0, mode="fill")  # a foreign token becomes NaN
+        # A foreign token becomes NaN rather than another code.
+        lookup = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
+        codes = jnp.asarray(self.codebook).at[tokens].get(**lookup)
         h = einops.rearrange(codes, "b (h w) c -> b h w c", h=side)
         if scale < len(self.patch_nums) - 1:
             h = resize_bicubic(h, (size, size))

@@ -314,7 +314,8 @@ class VAR(nn.Module):
         levels = self.param("level_embedding", normal, (len(self.patch_nums), width))
 
         # A label that is foreign to the table becomes NaN rather than another class.
-        condition = jnp.take(classes, labels, axis=0, mode="fill", fill_value=jnp.nan)
+        lookup = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
+        condition = jnp.asarray(classes).at[labels].get(**lookup)
         tokens = _dense(width, jnp.float32, "word_embedding", normal)(inputs)
         if start == 0:
             tokens = jnp.concatenate([condition[:, None] + start_positions, tokens], axis=1)

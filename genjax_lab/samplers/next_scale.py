@@ -135,12 +135,15 @@ def draw_tokens(
 
     The largest of logits plus Gumbel noise, which is made of two words for each number: with one
     word its upper tail ends at 16, and tokens of small probability would be drawn too rarely.
+    Where logits are NaN, as for a label that no class has, the token is V, which no code has.
     """
 
     def noise(key):
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32, mode="high")
 
-    return jnp.argmax(logits.astype(jnp.float32) + jax.vmap(noise)(keys), axis=-1).astype(jnp.int32)
+    noisy = logits.astype(jnp.float32) + jax.vmap(noise)(keys)
+    tokens = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.any(jnp.isnan(noisy), axis=-1), logits.shape[-1], tokens)
 
 
 def _check(network, quantizer, cfg, temperature, top_k, top_p) -> None:

@@ -122,10 +122,11 @@ def test_without_convolutions_the_features_are_the_upsampled_codes(random_variab
 
 
 def test_a_foreign_token_becomes_nan_instead_of_another_code(variables):
-    tokens = np.zeros((2, 39), np.int32)
-    tokens[1, 7] = 16
+    tokens = np.zeros((3, 39), np.int32)
+    tokens[1:, 7] = 16, -1
     features = QUANTIZER.apply(variables, tokens, method="tokens_to_features")
-    assert np.isfinite(features[0]).all() and np.isnan(features[1]).any()
+    assert np.isfinite(features[0]).all()
+    assert np.isnan(features[1]).any() and np.isnan(features[2]).any()
 
 
 def test_convolution_is_that_of_flax(random_variables):

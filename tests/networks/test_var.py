@@ -244,8 +244,10 @@ def test_no_labels_are_no_class(variables, quick_jit):
 
 
 def test_a_foreign_label_within_a_compiled_function_becomes_nan(variables, quick_jit):
-    logits = quick_jit(NET.apply)(variables, inputs(), jnp.array([4, 3]))
-    assert np.isnan(logits[0]).all() and np.isfinite(logits[1]).all()
+    apply = quick_jit(NET.apply)
+    for foreign in (4, -1):
+        logits = apply(variables, inputs(), jnp.array([foreign, 3]))
+        assert np.isnan(logits[0]).all() and np.isfinite(logits[1]).all()
 
 
 @pytest.mark.parametrize(

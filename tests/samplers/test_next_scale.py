@@ -157,6 +157,14 @@ def test_no_condition_is_no_class():
     np.testing.assert_array_equal(nothing, null)
 
 
+def test_the_sample_of_a_foreign_label_has_no_tokens():
+    labels = np.array([0, 3, 1, -1, 2, 2, 1, 0])
+    tokens, _ = samplers.sample(make(), jax.random.key(0), shape=SHAPE, condition=labels)
+    foreign = np.isin(labels, [3, -1])
+    assert np.all(tokens[foreign] == CODES)
+    assert np.all(tokens[~foreign] < CODES)
+
+
 def test_a_sample_depends_on_its_own_key_alone():
     sampler, labels = make(cfg=1.0), np.arange(8) % 3
     together, _ = samplers.sample(sampler, jax.random.key(0), shape=SHAPE, condition=labels)
