@@ -30,7 +30,7 @@ from genjax_lab.networks.multi_scale_quantizer import (
     scale_bounds,
 )
 
-# Depths of arXiv 2404.02905, Section 4: width is 64 depth, in heads of 64.
+# Depths of arXiv 2404.02905; the width is 64 depth, in heads of 64.
 _DEPTHS = {"d16": 16, "d20": 20, "d24": 24, "d30": 30}
 
 # Learned scales of normalised queries, exp of a parameter, start at 4 and stay below 100.
