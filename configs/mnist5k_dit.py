@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     }
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine"})
     config.batch_size = 64
-    config.num_steps = 20_000
+    config.num_steps = 5_000
     config.optimizer.decay_steps = config.num_steps
     config.steps_per_call = 10
     config.log_every = 50

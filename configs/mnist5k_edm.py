@@ -30,11 +30,11 @@ def get_config() -> ml_collections.ConfigDict:
     }
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine"})
     config.batch_size = 64
-    config.num_steps = 2_000
+    config.num_steps = 1_200
     config.optimizer.decay_steps = config.num_steps
-    config.steps_per_call = 1
+    config.steps_per_call = 10
     config.log_every = 50
-    config.checkpoint_every = 500
+    config.checkpoint_every = 400
     config.ema = {"ema": {"half_life_images": 20_000.0, "rampup_ratio": 0.05}}
     config.progress = True
     config.evaluation.update({"num_samples": 1_000, "batch_size": 250})

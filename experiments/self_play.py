@@ -4,8 +4,7 @@ Beside the fields of the rounds (`genjax_lab.training.default_self_play_config`)
 
   base        path of the run to start from, base_step the checkpoint in it (a number or "best"; the
               last if None); network, process, data, sampler and evaluation are those of that run
-  loss        name of a loss on log-ratios in genjax_lab.objectives; num_draws draws of (t, noise)
-              for each pair inside it, antithetic or not
+  loss        one of LOSSES, with num_draws draws of (t, noise) for each pair, antithetic or not
   process_from_round
               changes of the process's arguments from some round on: {"17": {"log_sigma_std": 3.0}}
   sampler, evaluation
@@ -36,6 +35,19 @@ from genjax_lab.training import (
     run_self_play,
 )
 
+# (delta_real, delta_fake, alpha, beta) -> (loss, metrics), on log-ratios of data and samples.
+LOSSES = {
+    "ddo": objectives.ddo_loss,
+    "ddo_normalized": functools.partial(objectives.ddo_loss, normalize_by_alpha=True),
+    # Pairs of data and samples at random; its one weight is beta.
+    "spin": lambda real, fake, alpha, beta: objectives.spin_loss(real, fake, beta),
+    "kto": objectives.kto_loss,
+    **{
+        name: functools.partial(objectives.f_divergence_loss, name)
+        for name in objectives.F_DIVERGENCES
+    },
+}
+
 
 def default_config() -> ml_collections.ConfigDict:
     """All fields with their defaults."""
@@ -45,7 +57,7 @@ def default_config() -> ml_collections.ConfigDict:
             "domain": "self_play",
             "base": placeholder(str),
             "base_step": placeholder(str),
-            "loss": "ddo_loss",
+            "loss": "ddo",
             "num_draws": 1,
             "antithetic": False,
             "process_from_round": {},
@@ -115,10 +127,8 @@ def for_images(
         for start, changes in sorted(config.process_from_round.items(), key=lambda x: int(x[0])):
             if index >= int(start):
                 fields |= dict(changes)
-        if config.loss not in objectives.__all__:
-            raise ValueError(
-                f"config.loss is {config.loss!r}; genjax_lab.objectives has {objectives.__all__}"
-            )
+        if config.loss not in LOSSES:
+            raise ValueError(f"config.loss is {config.loss!r}; it must be one of {sorted(LOSSES)}")
         return objectives.ddo_denoising_grid(
             network.apply,
             images.construct(processes, fields, "process"),
@@ -126,7 +136,7 @@ def for_images(
             beta=beta,
             num_draws=config.num_draws,
             antithetic=config.antithetic,
-            loss=getattr(objectives, config.loss),
+            loss=LOSSES[config.loss],
         )
 
     def batches(pool, seed):

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from genjax_lab.networks.conv3x3 import Conv3x3
+from genjax_lab.networks.convolution import conv_general_dilated
 from genjax_lab.networks.multi_scale_quantizer import MultiScaleQuantizer
 
 
@@ -162,7 +162,10 @@ class PatchDecoder(nn.Module):
 
 def _residual_blocks(x: Array, num_blocks: int) -> Array:
     for i in range(num_blocks):
-        hidden = Conv3x3(x.shape[-1], name=f"conv_{i}")(nn.silu(x))
+        convolve = nn.Conv(
+            x.shape[-1], (3, 3), conv_general_dilated=conv_general_dilated, name=f"conv_{i}"
+        )
+        hidden = convolve(nn.silu(x))
         x = x + nn.Dense(x.shape[-1], name=f"mix_{i}")(nn.silu(hidden))
     return x
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from genjax_lab.networks.conv3x3 import convolve3x3
+from genjax_lab.networks.convolution import conv2d
 from genjax_lab.networks.interpolation import resize_area, resize_bicubic
 
 # Scales of 256 x 256 images, whose features are 16 x 16.
@@ -193,7 +193,8 @@ class MultiScaleQuantizer(nn.Module):
             h = resize_bicubic(h, (size, size))
         if self.phi:
             ratio, highest = self.residual_ratio, jax.lax.Precision.HIGHEST
-            convolved = convolve3x3(h, **self.phi[self._phi_of_scale(scale)], precision=highest)
+            phi = self.phi[self._phi_of_scale(scale)]
+            convolved = conv2d(h, phi["kernel"], precision=highest) + phi["bias"]
             h = h * (1 - ratio) + convolved * ratio
         return f_hat + h
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from genjax_lab.networks.convolution import conv_general_dilated
 from genjax_lab.networks.image_tokenizer import ImageTokenizer
 from genjax_lab.networks.multi_scale_quantizer import MultiScaleQuantizer
 
@@ -139,7 +140,9 @@ def _middle(x: Array) -> Array:
 
 
 def _conv(features: int, name: str) -> nn.Conv:
-    return nn.Conv(features, (3, 3), padding=1, name=name)
+    return nn.Conv(
+        features, (3, 3), padding=1, conv_general_dilated=conv_general_dilated, name=name
+    )
 
 
 def _group_norm(name: str) -> nn.GroupNorm:

@@ -165,7 +165,7 @@ def test_late_rounds_may_widen_the_noise(base):
     [
         ({"base": None}, "config.base is missing"),
         ({"base": "/nonexistent"}, "is not a directory"),
-        ({"loss": "beauty"}, "config.loss is 'beauty'"),
+        ({"loss": "beauty"}, r"config\.loss is 'beauty'"),
     ],
 )
 def test_mistakes_are_named(base, tmp_path, changes, message):

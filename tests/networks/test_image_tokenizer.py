@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax_lab.networks.conv3x3 import Conv3x3
 from genjax_lab.networks.image_tokenizer import ImageTokenizer, digits_tokenizer, quantizer_of
 from genjax_lab.networks.multi_scale_quantizer import (
     MultiScaleQuantizer,
@@ -127,14 +126,6 @@ def test_a_foreign_token_becomes_nan_instead_of_another_code(variables):
     features = QUANTIZER.apply(variables, tokens, method="tokens_to_features")
     assert np.isfinite(features[0]).all()
     assert np.isnan(features[1]).any() and np.isnan(features[2]).any()
-
-
-def test_convolution_is_that_of_flax(random_variables):
-    import flax.linen as nn
-
-    variables = random_variables(Conv3x3(6), FEATURES)
-    expected = nn.Conv(6, (3, 3)).apply(variables, FEATURES)
-    np.testing.assert_allclose(Conv3x3(6).apply(variables, FEATURES), expected, atol=1e-5)
 
 
 def test_usage_is_a_moving_average_of_counts():
