@@ -11,7 +11,8 @@ Beside the loop's fields (`genjax_lab.training.default_config`) a config has
               None for no augmentation
   optimizer   learning_rate, warmup_steps, schedule, and Adam's arguments
   sampler     name in genjax_lab.samplers and its arguments
-  guidance    scale of classifier-free guidance (1: none), interval of times or None
+  guidance    scale (1: none) and interval of times or None of classifier-free guidance; or of
+              autoguidance, where guide is the path of a worse model's run (guide_step: which step)
   evaluation  num_samples, batch_size, ema, metrics, reference_split, features
 
 Nothing is read or compiled before it is needed, so the experiments of data sets that are not at
@@ -35,7 +36,7 @@ from genjax_lab import data, evaluation, networks, processes, samplers
 from genjax_lab.objectives import Objective, augmented, denoising, edm_augmentation
 from genjax_lab.objectives.augmentation import NUM_AUGMENT_LABELS
 from genjax_lab.parallel import make_mesh, process_share
-from genjax_lab.training import Experiment, TrainState
+from genjax_lab.training import Experiment, TrainState, restore
 
 # Keeps the keys of samples apart from those of training, which are children of the same seed.
 _SAMPLING_STREAM = 2**31
@@ -65,7 +66,12 @@ def default_config() -> ml_collections.ConfigDict:
                 "weight_decay": 0.0,
             },
             "sampler": {"name": "heun", "num_steps": 18},
-            "guidance": {"scale": 1.0, "interval": placeholder(tuple)},
+            "guidance": {
+                "scale": 1.0,
+                "interval": placeholder(tuple),
+                "guide": placeholder(str),
+                "guide_step": placeholder(int),
+            },
             "evaluation": {
                 "num_samples": 5000,
                 "batch_size": 500,
@@ -253,18 +259,7 @@ class _Judge:
         progress: bool = False,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (seeds, uint8 images, or float latents); each depends on its own seed only."""
-        config = self._config
-        variables = state.variables(config.evaluation.ema)
-        if jax.process_count() == 1:  # once, not with every batch
-            variables = jax.device_put(variables, NamedSharding(self._mesh(), PartitionSpec()))
-        denoise = samplers.denoiser(self._network, variables, self._process)
-        if config.guidance.scale != 1:
-            denoise = samplers.classifier_free(
-                denoise,
-                guidance_scale=config.guidance.scale,
-                null_condition=np.int32(config.data.num_classes),
-                interval=config.guidance.interval,
-            )
+        config, denoise = self._config, self._denoiser(state)
         num_classes = config.data.num_classes
         drawn = samplers.sample_batches(
             construct(samplers, config.sampler, "sampler", denoise),
@@ -280,6 +275,44 @@ class _Judge:
         )
         for part, images in drawn:
             yield part, images if self._is_latent else data.quantize(images, self._info())
+
+    def _denoiser(self, state: TrainState) -> samplers.Denoiser:
+        """The network under the guidance of the config."""
+        guidance = self._config.guidance
+        denoise = self._unguided(
+            self._network, state.variables(self._config.evaluation.ema), self._process
+        )
+        if guidance.scale == 1:
+            return denoise
+        if guidance.get("guide"):
+            return samplers.autoguidance(
+                denoise,
+                self._guide,
+                guidance_scale=guidance.scale,
+                interval=guidance.interval,
+            )
+        return samplers.classifier_free(
+            denoise,
+            guidance_scale=guidance.scale,
+            null_condition=np.int32(self._config.data.num_classes),
+            interval=guidance.interval,
+        )
+
+    @functools.cached_property
+    def _guide(self) -> samplers.Denoiser:
+        guidance = self._config.guidance
+        restored = restore(guidance.guide, guidance.get("guide_step"))
+        config = ml_collections.ConfigDict(restored.config)
+        return self._unguided(
+            make_network(config),
+            restored.state.variables(config.evaluation.ema),
+            construct(processes, config.process, "process"),
+        )
+
+    def _unguided(self, network: Any, variables: Any, process: Any) -> samplers.Denoiser:
+        if jax.process_count() == 1:  # once, not with every batch
+            variables = jax.device_put(variables, NamedSharding(self._mesh(), PartitionSpec()))
+        return samplers.denoiser(network, variables, process)
 
     @property
     def _is_latent(self) -> bool:

@@ -140,12 +140,12 @@ def study(num_steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "best_gaussian_at_start_of_round": hessian,
     }
     pictures = {
-        "data": data,
-        "reference": reference,
-        "alpha = beta = 1": jnp.exp(plain),
-        f"beta = {BETA}": jnp.exp(tilted),
+        "data": np.asarray(data),
+        "reference": np.asarray(reference),
+        "alpha = beta = 1": np.exp(plain),
+        f"beta = {BETA}": np.exp(tilted),
     }
-    traces = {"alpha = beta = 1": plain_trace, f"beta = {BETA}": tilted_trace}
+    traces = jax.device_get({"alpha = beta = 1": plain_trace, f"beta = {BETA}": tilted_trace})
     return table, {"pictures": pictures, "traces": traces, "hessian": hessian}
 
 
@@ -197,7 +197,7 @@ def draw(arrays: dict[str, Any], path: Path) -> None:
 def main(argv: list[str]) -> None:
     quiet_libraries()
     with jax.enable_x64(True):
-        table, arrays = jax.device_get(study(_STEPS.value))
+        table, arrays = study(_STEPS.value)
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m experiments.studies.ddo_tabular", *sys.argv[1:]])
