@@ -1,4 +1,4 @@
-# `make demo` trains, evaluates and samples a small model; `make test` checks everything; `make oracles`
+# `make demo` trains, evaluates, improves and samples a small model; `make test` checks everything; `make oracles`
 # adds the PyTorch originals that some tests compare with.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,8 @@ WORKERS ?= 2
 demo: $(VENV)/.installed
 	$(RUN)/python -m experiments.train --config=configs/digits_edm.py --workdir=$(WORKDIR)
 	$(RUN)/python -m experiments.evaluate --checkpoint=$(WORKDIR)
-	$(RUN)/python -m experiments.sample --checkpoint=$(WORKDIR) --num=80 --out=$(WORKDIR)/samples.png
+	$(RUN)/python -m experiments.train --config=configs/digits_ddo.py --config.base=$(WORKDIR) --workdir=$(WORKDIR)_ddo
+	$(RUN)/python -m experiments.sample --checkpoint=$(WORKDIR)_ddo --before=$(WORKDIR) --num=80 --out=$(WORKDIR)_ddo/samples.png
 
 test: $(VENV)/.tested-with lint
 	$(RUN)/python -m pytest -n $(WORKERS) --dist=loadfile

@@ -18,8 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.beta = (0.5,)
     config.num_fakes = 1_797
     config.batch_size = 256
-    config.num_steps = 300
+    config.num_steps = 200
     config.steps_per_call = 50
+    config.selection_seeds = 2_000
     config.optimizer.update({"learning_rate": 3e-4, "warmup_steps": 60})
     config.ema.ema.half_life_images = 8_800.0  # a decay of 0.98 in a step
     config.progress = True

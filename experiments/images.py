@@ -344,16 +344,27 @@ class _Judge:
             metrics=metrics,
         )
 
-    def write(self, samples: np.ndarray, path: str | Path) -> None:
-        """Writes samples: .npz as arrays, .png as a grid under a row of real images."""
+    def write(
+        self, samples: np.ndarray, path: str | Path, *, before: np.ndarray | None = None
+    ) -> None:
+        """Writes samples: .npz as arrays, .png as a grid under a row of real images.
+
+        With `before`, samples of another model, both are there to be compared.
+        """
         if self._is_latent and Path(path).suffix != ".npz":
             raise ValueError(f"path is {str(path)!r}; latents are written as .npz")
         if self._is_latent:
-            write_images(samples, path)
+            write_images(samples, path, before=before)
             return
         real = next(iter(self._real_batches()))["image"][:20]
         info = self._info()
-        write_images(samples, path, real=data.quantize(real, info), max_value=info.max_value)
+        write_images(
+            samples,
+            path,
+            real=data.quantize(real, info),
+            before=before,
+            max_value=info.max_value,
+        )
 
     def _real_batches(self) -> Iterator[dict[str, np.ndarray]]:
         """The reference split once, in order."""

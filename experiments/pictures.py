@@ -16,6 +16,7 @@ def write_images(
     path: str | Path,
     *,
     real: np.ndarray | None = None,
+    before: np.ndarray | None = None,
     max_value: int = 255,
     columns: int = 20,
 ) -> None:
@@ -25,6 +26,8 @@ def write_images(
       samples: generated images, values 0 .. max_value.
       path: ends in .png or .npz.
       real: real images for a first row of the grid.
+      before: images of another model, to be compared with these: a grid above theirs, or the
+        file's entry "before".
       max_value: the value shown as white.
       columns: images in a row.
 
@@ -34,9 +37,11 @@ def write_images(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
-        np.savez_compressed(path, images=samples)
+        others = {} if before is None else {"before": before}
+        np.savez_compressed(path, images=samples, **others)
     elif path.suffix == ".png":
-        sheets = [("samples", samples)] if real is None else [("real", real), ("samples", samples)]
+        titled = {"real": real, "before": before, "samples": samples}
+        sheets = [(title, images) for title, images in titled.items() if images is not None]
         _draw(sheets, path, max_value, columns)
     else:
         raise ValueError(f"path is {str(path)!r}; it must end in .png or .npz")

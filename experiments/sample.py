@@ -4,7 +4,7 @@
 
 The kind of file follows from --out: for images .png is a grid under a row of real images and .npz
 the arrays. Sample i is a function of the weights and of seed i, so --first=1000 --num=1000
-continues --num=1000.
+continues --num=1000. With --before=OTHER_RUN the samples of another model are shown above.
 """
 
 import jax
@@ -21,6 +21,9 @@ _SIGMA_REL = flags.DEFINE_float(
 )
 _NUM = flags.DEFINE_integer("num", 80, "How many samples.", lower_bound=1)
 _FIRST = flags.DEFINE_integer("first", 0, "Seed of the first sample.", lower_bound=0)
+_BEFORE = flags.DEFINE_string(
+    "before", None, "Directory of another run, whose samples of the same seeds are shown above."
+)
 _OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
 
 
@@ -33,11 +36,16 @@ def main(argv: list[str]) -> None:
         _CHECKPOINT.value, _STEP.value, sigma_rel=_SIGMA_REL.value
     )
     seeds = range(_FIRST.value, _FIRST.value + _NUM.value)
-    samples = np.concatenate(
-        [part for _, part in experiment.sample(restored.state, seeds, progress=True)]
-    )
+
+    def draw(experiment, state) -> np.ndarray:
+        return np.concatenate([part for _, part in experiment.sample(state, seeds, progress=True)])
+
+    samples, others = draw(experiment, restored.state), {}
+    if _BEFORE.value:
+        other, earlier = experiments.from_checkpoint(_BEFORE.value)
+        others["before"] = draw(other, earlier.state)
     if jax.process_index() == 0:
-        experiment.write(samples, _OUT.value)
+        experiment.write(samples, _OUT.value, **others)
         print(f"{len(samples)} samples of step {restored.step} written to {_OUT.value}")
 
 

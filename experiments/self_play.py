@@ -18,9 +18,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import ml_collections
-import numpy as np
 from ml_collections.config_dict import placeholder
 
 from experiments import images
@@ -158,7 +156,7 @@ def for_images(
     if isinstance(network, EDM2UNet):  # the uncertainty head is not trained by this loss
         project = functools.partial(normalize_weights, skip=("logvar_linear",))
     return SelfPlay(
-        variables=jax.tree.map(np.asarray, state.variables(average)),
+        variables=state.variables(average),
         draw=lambda variables, seeds: experiment.sample(
             as_state(variables), seeds, progress=config.progress
         ),

@@ -49,8 +49,8 @@ class Experiment(NamedTuple):
             or an interrupted run would log other values than an uninterrupted one.
         sample: `(state, seeds, *, progress=False) -> iterator of (seeds, samples)`, numpy arrays; a
             sample depends on the state and on its own seed only. The loop never calls it.
-        write: `(samples, path) -> None` writes samples as the domain shows them; the loop never
-            calls it.
+        write: `(samples, path, *, before=None) -> None` writes samples as the domain shows them,
+            with those of another model to be compared where given; the loop never calls it.
         project: see `make_train_step`; None for unconstrained parameters.
     """
 

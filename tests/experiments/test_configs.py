@@ -9,7 +9,8 @@ import pytest
 
 import configs
 import experiments
-from genjax_lab.training import default_config, make_train_step
+from experiments import self_play
+from genjax_lab.training import default_config, default_self_play_config, make_train_step
 from genjax_lab.training.config import resolve_config
 from genjax_lab.training.ema import ema_from_config
 
@@ -17,14 +18,25 @@ NAMES = sorted(
     path.stem for path in Path(configs.__file__).parent.glob("*.py") if path.stem != "__init__"
 )
 # Millions of parameters as published: arXiv 2206.00364 (Table 7), arXiv 2312.02696 (Table 2).
-PUBLISHED = {"cifar10_edm": 55.7, "imagenet64_edm": 296.0, "imagenet512_edm2": 280.0}
+PUBLISHED = {
+    "cifar10_edm": 55.7,
+    "imagenet64_edm": 296.0,
+    "imagenet64_edm2": 280.0,
+    "imagenet512_edm2": 280.0,
+}
+# Rounds of self-play, and the config of the run that they start from.
+ROUNDS = {
+    "digits_ddo": "digits_edm",
+    "cifar10_ddo": "cifar10_edm",
+    "imagenet64_ddo": "imagenet64_edm2",
+}
 
 
 def load(name):
     return importlib.import_module(f"configs.{name}").get_config()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(ROUNDS)))
 def test_config_holds_what_the_loop_reads_and_builds_an_experiment(name):
     config = load(name)
     resolve_config(config)
@@ -59,6 +71,42 @@ def test_full_size_train_step_has_the_published_size_and_keeps_its_shapes(name):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
+
+
+@pytest.mark.parametrize("name", sorted(ROUNDS))
+def test_grid_of_a_round_at_full_size_keeps_its_shapes(name):
+    config, model = load(name), load(ROUNDS[name])
+    resolve_config(config)
+    assert set(default_self_play_config()) <= set(config)
+    experiment = experiments.build(model)
+    train = make_train_step(
+        experiment.objective,
+        experiment.optimizer,
+        batch_size=model.batch_size,
+        ema=ema_from_config(model.ema.to_dict()),
+    )
+    variables = jax.eval_shape(experiment.init, jax.random.key(0))
+    state = jax.eval_shape(train.init, variables, jax.random.key(0))
+    parts = self_play.for_images(config, model, state)
+    alpha, beta = config.alpha[:2], config.beta[:1] * 2
+    train = make_train_step(
+        parts.objective(alpha, beta, 20),
+        parts.optimizer(),
+        batch_size=config.batch_size,
+        ema=ema_from_config(config.ema.to_dict()),
+        project=parts.project and jax.vmap(parts.project),
+    )
+    members = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), parts.variables["params"]
+    )
+    variables = {**parts.variables, "params": members, "reference": parts.variables}
+    state = jax.eval_shape(train.init, variables, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, config.batch_size, *model.data.image_shape), jnp.float32)
+    label = jax.ShapeDtypeStruct((1, config.batch_size), jnp.int32)
+    batches = {"image": image, "fake_image": image, "label": label, "fake_label": label}
+    after, metrics = jax.eval_shape(train.step, state, batches)
+    assert metrics["delta_real_mean/1"].shape == (1,)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,11 @@ import nbformat
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "notebooks"
-SMALL = {"01_image_diffusion": "NUM_STEPS = 100\nNUM_SAMPLES = 100\nBUDGETS = [5]\n"}
+SMALL = {
+    "01_image_diffusion": "NUM_STEPS = 100\nNUM_SAMPLES = 100\nBUDGETS = [5]\n",
+    "02_ddo": "NUM_STEPS = 100\nROUND_STEPS = 50\nROUNDS = 1\nNUM_SAMPLES = 100\n",
+}
+NUM_PICTURES = {"01_image_diffusion": 7, "02_ddo": 4}
 
 
 def test_every_notebook_is_tested():
@@ -31,4 +35,4 @@ def test_notebook_runs_from_top_to_bottom(name, tmp_path):
         for output in cell.get("outputs", [])
         if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) >= 7
+    assert len(pictures) >= NUM_PICTURES[name]

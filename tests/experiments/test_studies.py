@@ -37,6 +37,35 @@ def test_sampler_study_writes_its_table_and_figure(tmp_path):
     assert (tmp_path / "edm_digits.png").stat().st_size > 10_000
 
 
+def test_ddo_study_compares_every_alternative(tmp_path):
+    start(
+        "studies.ddo",
+        *("--seeds=1", "--rounds=1", "--num_steps=100", "--round_steps=50", "--num_samples=60"),
+        *(f"--out={tmp_path}", f"--workdir={tmp_path}/runs"),
+    )
+    result = json.loads((tmp_path / "ddo.json").read_text())
+    arms = {"base", "continued_mle", "spin", "neon", "autoguidance", "ddo"}
+    assert set(result["summary"]["mean"]) == arms
+    assert all(value > 0 for value in result["summary"]["mean"].values())
+    assert (tmp_path / "ddo.png").stat().st_size > 10_000
+
+
+def test_tabular_study_reaches_both_optima(tmp_path):
+    start("studies.ddo_tabular", "--num_steps=1000", f"--out={tmp_path}")
+    table = json.loads((tmp_path / "ddo_tabular.json").read_text())["table"]
+    assert table["alpha=beta=1"]["forward"] < 1e-4
+    (tilted,) = [row for name, row in table.items() if name.startswith("beta=")]
+    assert tilted["forward_kl_to_tilted_optimum"] < 1e-4
+    assert (tmp_path / "ddo_tabular.png").stat().st_size > 10_000
+
+
+@pytest.mark.oracle
+def test_ddo_benchmark_prints_its_ratios(tmp_path):
+    pytest.importorskip("torch")
+    start("benchmarks.ddo_step", "--repeats=1", "--steps=2", f"--out={tmp_path}/d.json")
+    assert json.loads((tmp_path / "d.json").read_text())["table"]["ddo_over_mle"] > 0
+
+
 @pytest.mark.oracle
 def test_train_step_benchmark_prints_a_ratio(tmp_path):
     pytest.importorskip("torch")
