@@ -43,6 +43,9 @@ def main(argv: list[str]) -> None:
     )
     num = _NUM.value or ml_collections.ConfigDict(restored.config).evaluation.num_samples
     ranges = [range(i * num, (i + 1) * num) for i in range(_RANGES.value + 1)]
+    if rounds := restored.config.get("self_play"):  # which chose and reported on their first seeds
+        first = max(ranges[-1].start, rounds["selection_seeds"] + rounds["fresh_seeds"])
+        ranges[-1] = range(first, first + num)
     values = [
         experiment.evaluate(restored.state, seeds=seeds, metrics=_METRICS.value, progress=True)
         for seeds in ranges

@@ -132,7 +132,7 @@ def make_objective(config: ml_collections.ConfigDict, network: Any, process: Any
         log_variance = functools.partial(network.apply, method="logvar")
     objective = denoising(network.apply, process, log_variance=log_variance)
     if not config.data.num_classes:
-        objective = _without_labels(objective)
+        objective = without_labels(objective)
     probability = config.get("augmentation")
     if probability is None:
         return objective
@@ -178,11 +178,12 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     return optax.adamw(joined, **fields)
 
 
-def _without_labels(objective: Objective) -> Objective:
-    """An unconditional network takes none, but every data set of the loader has them."""
+def without_labels(objective: Objective) -> Objective:
+    """An unconditional network takes none, but every batch of the loader has them."""
 
     def unconditional(variables, batch, key):
-        return objective(variables, {n: v for n, v in batch.items() if n != "label"}, key)
+        rest = {n: v for n, v in batch.items() if n not in ("label", "fake_label")}
+        return objective(variables, rest, key)
 
     return unconditional
 

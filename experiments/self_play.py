@@ -15,6 +15,7 @@ The result is a run of images again: `evaluate.py` and `sample.py` take its dire
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,6 +115,11 @@ def for_images(
       state: the model's state; its average `model.evaluation.ema` is the pretrained model.
     """
     experiment, network = images.build(model), images.make_network(model)
+    # Log-ratios are of the network itself, so it is its samples that it learns from; models are
+    # scored as they are used.
+    unguided = model.copy_and_resolve_references()
+    unguided.guidance.scale = 1.0
+    source = images.build(unguided)
     average = model.evaluation.ema
     num_classes = model.data.num_classes
 
@@ -127,7 +133,9 @@ def for_images(
                 fields |= dict(changes)
         if config.loss not in LOSSES:
             raise ValueError(f"config.loss is {config.loss!r}; it must be one of {sorted(LOSSES)}")
-        return objectives.ddo_denoising_grid(
+        if config.loss == "spin" and len(set(alpha)) > 1:
+            raise ValueError(f"config.loss='spin' has no alpha; config.alpha={alpha} must be one")
+        grid = objectives.ddo_denoising_grid(
             network.apply,
             images.construct(processes, fields, "process"),
             alpha=alpha,
@@ -136,6 +144,7 @@ def for_images(
             antithetic=config.antithetic,
             loss=LOSSES[config.loss],
         )
+        return grid if num_classes else images.without_labels(grid)
 
     def batches(pool, seed):
         index, count = process_share(make_mesh(**config.mesh))
@@ -152,24 +161,26 @@ def for_images(
         )
         return data.PairedLoader(real, fake)
 
+    def score(variables, seeds):
+        try:
+            return experiment.evaluate(as_state(variables), seeds=seeds, metrics=(config.metric,))
+        except data.NonFiniteImagesError:  # of a member that diverged
+            return {config.metric: math.inf}
+
     project = None
     if isinstance(network, EDM2UNet):  # the uncertainty head is not trained by this loss
         project = functools.partial(normalize_weights, skip=("logvar_linear",))
     return SelfPlay(
         variables=state.variables(average),
-        draw=lambda variables, seeds: experiment.sample(
+        draw=lambda variables, seeds: source.sample(
             as_state(variables), seeds, progress=config.progress
         ),
         label=(lambda seeds: data.balanced_labels(seeds, num_classes)) if num_classes else None,
-        provenance={
-            name: model[name].to_dict() for name in ("sampler", "guidance", "process", "data")
-        }
+        provenance={name: model[name].to_dict() for name in ("sampler", "process", "data")}
         | {"seed": model.seed},
         objective=objective,
         optimizer=lambda: images.make_optimizer(config),
         batches=batches,
-        score=lambda variables, seeds: experiment.evaluate(
-            as_state(variables), seeds=seeds, metrics=(config.metric,)
-        ),
+        score=score,
         project=project,
     )

@@ -261,7 +261,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "evaluation_std": noise,
         "ddo_below_base": 1 - mean["ddo"] / mean["base"],
         "ddo_below_continued_mle_in_evaluation_std": (mean["continued_mle"] - mean["ddo"]) / noise,
-        "claim_shows": mean["ddo"] <= 0.85 * mean["base"]
+        "claim_shows": len(rows) >= 3
+        and mean["ddo"] <= 0.85 * mean["base"]
         and mean["continued_mle"] - mean["ddo"] > 3 * noise,
     }
 
@@ -304,7 +305,8 @@ def main(argv: list[str]) -> None:
     }
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m experiments.studies.ddo", *sys.argv[1:]])
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("--workdir", "--out"))]
+    command = " ".join(["python -m experiments.studies.ddo", *arguments])
     rows: list[dict[str, Any]] = []
     for seed in range(_SEEDS.value):
         rows.append(run_seed(seed, Path(_WORKDIR.value) / f"seed{seed}", _ROUNDS.value, settings))

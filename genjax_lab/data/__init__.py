@@ -1,7 +1,12 @@
 """Image data: TFDS builders over packaged data, and the one input pipeline to training batches."""
 
 from genjax_lab.data.class_balance import balanced_labels
-from genjax_lab.data.image_levels import DatasetInfo, dequantize, quantize
+from genjax_lab.data.image_levels import (
+    DatasetInfo,
+    NonFiniteImagesError,
+    dequantize,
+    quantize,
+)
 from genjax_lab.data.loader import Loader, Prefetch, make_loader, make_loader_from_arrays
 from genjax_lab.data.paired import PairedLoader
 from genjax_lab.data.prepared import dataset_info, prepare
@@ -11,6 +16,7 @@ from genjax_lab.data.transforms import center_crop, horizontal_flip
 __all__ = [
     "DatasetInfo",
     "Loader",
+    "NonFiniteImagesError",
     "PairedLoader",
     "Prefetch",
     "balanced_labels",

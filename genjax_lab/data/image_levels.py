@@ -13,6 +13,10 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 
+class NonFiniteImagesError(ValueError):
+    """Images hold NaN or infinity: a model that drew them has diverged."""
+
+
 class DatasetInfo(NamedTuple):
     """What the other parts of the library need to know of an image data set.
 
@@ -94,7 +98,8 @@ def quantize(images: Float[np.ndarray, "*shape"], info: DatasetInfo) -> UInt8[np
         uint8 of the same shape, 0..`info.max_value`.
 
     Raises:
-        ValueError: If `images` are not floating point or not finite, or the data set has no levels.
+        ValueError: If `images` are not floating point or not finite (`NonFiniteImagesError`), or
+            the data set has no levels.
     """
     half = require_levels(info)
     images = np.asarray(images)
@@ -105,6 +110,8 @@ def quantize(images: Float[np.ndarray, "*shape"], info: DatasetInfo) -> UInt8[np
     finite = np.isfinite(images)
     if not finite.all():
         position = tuple(int(axis) for axis in np.argwhere(~finite)[0])
-        raise ValueError(f"images must be finite, got {images[position]} at index {position}.")
+        raise NonFiniteImagesError(
+            f"images must be finite, got {images[position]} at index {position}."
+        )
     levels = images * half + (half + np.float32(0.5))
     return np.clip(levels, 0, info.max_value).astype(np.uint8)

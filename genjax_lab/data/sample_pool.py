@@ -47,9 +47,12 @@ def draw_pool(
         {"image": [num, ...], "label": [num] int32 where there are labels}.
 
     Raises:
-        ValueError: the directory holds a pool of another provenance, or damaged files.
+        ValueError: the directory holds a pool of another provenance, or damaged files; `draw` gives
+            other seeds than it was asked for.
     """
     directory = Path(directory)
+    if part_size < 1:
+        raise ValueError(f"part_size must be positive, got {part_size}")
     if not seeds or seeds.step != 1:
         raise ValueError(f"seeds must be a range of step 1 that is not empty, got {seeds}")
     expected = _described(provenance, seeds)
@@ -103,17 +106,24 @@ def _draw_parts(
     begun = directory / "begun.json"
     if is_writer:
         directory.mkdir(parents=True, exist_ok=True)
-        if (before := _read_json(begun)) is None:
-            _write(begun, json.dumps(expected, indent=2).encode())
-        else:
-            _require_equal(directory, before, expected)
+        if not begun.exists():
+            _write(begun, json.dumps({**expected, "part_size": part_size}, indent=2).encode())
     _together("begun")
+    before = _read_json(begun)
+    part_size = before.pop("part_size", part_size)  # the parts that are there stay
+    _require_equal(directory, before, expected)
     parts = []
     for start in range(seeds.start, seeds.stop, part_size):
         part = range(start, min(start + part_size, seeds.stop))
         path = directory / f"samples_{part.start}.npz"
         if not path.exists():
-            arrays = {"image": np.concatenate([samples for _, samples in draw(part)])}
+            drawn, samples = (np.concatenate(rows) for rows in zip(*draw(part), strict=True))
+            if not np.array_equal(drawn, part) or len(samples) != len(part):
+                raise ValueError(
+                    f"draw gave {len(samples)} samples of the seeds {drawn} where those of {part} "
+                    "were asked for"
+                )
+            arrays = {"image": samples}
             if label is not None:
                 arrays["label"] = np.asarray(label(part), np.int32)
             if is_writer:
@@ -154,7 +164,10 @@ def _read_part(directory: Path, part: Mapping[str, Any]) -> dict[str, np.ndarray
             "to draw its samples again"
         )
     with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+        arrays = dict(arrays)
+    if lengths := {name: len(rows) for name, rows in arrays.items() if len(rows) != part["num"]}:
+        raise ValueError(f"{path} should hold {part['num']} samples, but holds {lengths}")
+    return arrays
 
 
 def _digest(path: Path) -> str:

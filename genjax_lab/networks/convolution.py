@@ -44,6 +44,7 @@ def conv_general_dilated(
         and lhs.shape[-1] == rhs.shape[2]
         and all(size == 1 for size in window_strides)
         and all(_is_plain(name, value) for name, value in options.items())
+        and (isinstance(padding, str) or _fits(padding, rhs.shape[:2]))
     )
     if not plain:
         return jax.lax.conv_general_dilated(
@@ -82,14 +83,18 @@ def conv2d(
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], size, (1, 1), padding)
     padding = tuple((int(low), int(high)) for low, high in padding)
-    if len(padding) != 2 or any(
-        not 0 <= p < k for pair, k in zip(padding, size, strict=True) for p in pair
-    ):
+    if not _fits(padding, size):
         raise ValueError(
             f"padding must be two pairs of at least 0 and less than the kernel's size {size}, got "
             f"{padding}"
         )
     return _conv_p.bind(x, kernel, padding=padding, precision=precision)
+
+
+def _fits(padding: Sequence[tuple[int, int]], size: tuple[int, int]) -> bool:
+    return len(padding) == 2 and all(
+        0 <= p < k for pair, k in zip(padding, size, strict=True) for p in pair
+    )
 
 
 def _is_plain(name: str, value: Any) -> bool:

@@ -144,15 +144,17 @@ def train(
             saving = _is_due(step, config["checkpoint_every"], last) or stop
             if evaluation_due or saving:
                 fetch_metrics(leave=0)
-            # The time between SIGTERM and the end is short: the next launch evaluates then.
-            evaluation = evaluate() if evaluation_due and not stop else {}
+            # The time between SIGTERM and the end is short: the next launch evaluates then, unless
+            # checkpoints are compared by the result, which must be stored with them.
+            postponed = evaluation_due and stop and not config["best_metric"]
+            evaluation = evaluate() if evaluation_due and not postponed else {}
             if saving:
                 checkpoints.save(
                     step,
                     state,
                     iterator_state=batches.get_state(),
                     metrics=evaluation,
-                    log={**log.get_state(), "evaluation_due": evaluation_due and stop},
+                    log={**log.get_state(), "evaluation_due": postponed},
                 )
             if stop:
                 checkpoints.wait()

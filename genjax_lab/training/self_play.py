@@ -18,6 +18,7 @@ The directory of a run holds
 Killed at any instant and started again with the same arguments, it goes on to the same result.
 """
 
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from tqdm import tqdm
 
@@ -63,7 +65,8 @@ class SelfPlay(NamedTuple):
             "reference" holds the reference's variables, batches have "fake_" entries.
         optimizer: made anew for every round.
         batches: `(pool, seed) -> iterator` over the real data and the pool side by side.
-        score: `(variables, seeds) -> {metric: value}` of samples drawn for these seeds.
+        score: `(variables, seeds) -> {metric: value}` of samples drawn for these seeds; infinite
+            for a model that has diverged.
         project: see `make_train_step`, for one member.
     """
 
@@ -86,7 +89,7 @@ class RoundResult(NamedTuple):
         alpha, beta: its member's.
         step: the optimiser step in the round at which it stood.
         selection: its metric on the seeds of selection; optimistic, as the best of many.
-        fresh: its metric on the seeds of reporting, on which nothing is chosen.
+        fresh: its metric on the seeds of reporting, by which nothing in the round is chosen.
         table: a row {"step", "alpha", "beta", <metric>} for every member and checkpoint.
     """
 
@@ -116,7 +119,7 @@ def default_self_play_config() -> ml_collections.ConfigDict:
             "rounds": 1,
             "alpha": (1.0, 4.0),
             "beta": (),
-            "probe_steps": 50,
+            "probe_steps": 100,
             "probe_beta": 1.0,
             "num_fakes": 50_000,
             "metric": "frechet",
@@ -156,6 +159,9 @@ def run_self_play(
     """
     config = _resolve(config)
     workdir = Path(workdir).absolute()
+    for index in range(1, config["rounds"] + 1):  # what is wrong shall be known before the work
+        pairs = itertools.product(config["alpha"], config["beta"] or [config["probe_beta"]])
+        self_play.objective(*zip(*pairs, strict=True), index)
     stored_config = {
         **model_config,
         **{"checkpoint_every": 1, "keep_every": 1, "steps_per_call": 1, "eval_every": 1},
@@ -222,7 +228,7 @@ def run_round(
     config, directory = _resolve(config), Path(directory).absolute()
     if not config["beta"]:
         raise ValueError("config.beta is empty; a round needs one (run_self_play calibrates it)")
-    members = [(alpha, beta) for alpha in config["alpha"] for beta in config["beta"]]
+    members = list(itertools.product(config["alpha"], config["beta"]))
     metric = config["metric"]
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -230,13 +236,18 @@ def run_round(
             _score(self_play, _member(state, number), range(config["selection_seeds"]), metric)
             for number in range(len(members))
         ]
-        best = min(value if math.isfinite(value) else math.inf for value in values)
+        best = min(math.inf if math.isnan(value) else value for value in values)
         return {metric: best} | {f"{metric}/{n}": value for n, value in enumerate(values)}
 
     _train_members(self_play, reference, directory, "grid", config, index, members, evaluate)
     best = restore(directory / "grid", "best")
     values = [best.metrics[f"{metric}/{number}"] for number in range(len(members))]
-    chosen = int(np.nanargmin(values))
+    if not np.any(np.isfinite(values)):
+        raise ValueError(
+            f"no member of the grid {members} has a finite {metric!r} at any checkpoint: {values}; "
+            "a smaller learning rate, alpha or beta may help"
+        )
+    chosen = int(np.argmin([math.inf if math.isnan(value) else value for value in values]))
     variables = _member(best.state, chosen)
     result = RoundResult(
         variables=variables,
@@ -269,6 +280,13 @@ def _train_members(
     evaluate: Callable[[TrainState], Mapping[str, float]],
 ) -> TrainState:
     """Trains copies of the reference on its pool, into `directory/name`."""
+    copies = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (len(members), *leaf.shape)), reference["params"]
+    )
+    project = self_play.project and jax.vmap(self_play.project)
+    if project:  # as the train step projects the members, or they would not start at the reference
+        projected = jax.tree.map(lambda leaf: np.asarray(leaf[0]), jax.jit(project)(copies))
+        reference = {**reference, "params": projected}
     first = _FIRST_POOL_SEED + (index - 1) * config["num_fakes"]
     origin = {"model": tree_digest(reference), **self_play.provenance}
     pool = draw_pool(
@@ -279,16 +297,13 @@ def _train_members(
         label=self_play.label,
     )
     seed = int(np.random.SeedSequence([config["seed"], index]).generate_state(1)[0])
-    copies = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (len(members), *leaf.shape)), reference["params"]
-    )
     experiment = Experiment(
         init=lambda key: {**reference, "params": copies, "reference": reference},
         objective=self_play.objective(*zip(*members, strict=True), index),
         optimizer=self_play.optimizer(),
         batches=lambda state: self_play.batches(pool, seed),
         evaluate=evaluate,
-        project=self_play.project and jax.vmap(self_play.project),
+        project=project,
     )
     settings = {
         **config,
@@ -298,9 +313,7 @@ def _train_members(
         "origin": origin,
         "index": index,
     }
-    return train(
-        experiment, workdir=directory / name, config=settings, allow_changes=("rounds", "beta")
-    )
+    return train(experiment, workdir=directory / name, config=settings, allow_changes=("rounds",))
 
 
 def _calibrated_beta(
@@ -310,7 +323,7 @@ def _calibrated_beta(
     config: Mapping[str, Any],
     index: int,
 ) -> float:
-    """1 / (standard deviation of the log-ratios on data) at the end of a short run, the probe."""
+    """1 / (standard deviation of log-ratios of data and samples) after a short run, the probe."""
     steps = config["probe_steps"]
     settings = {
         **config,
@@ -321,7 +334,17 @@ def _calibrated_beta(
     members = [(1.0, config["probe_beta"])]
     none = lambda state: {}  # noqa: E731
     _train_members(self_play, variables, directory, "probe", settings, index, members, none)
-    deviation = read_metrics(directory / "probe")[-1]["delta_real_std/0"]
+    deviation = 0.0
+    if jax.process_index() == 0:  # which alone writes the log
+        row = read_metrics(directory / "probe")[-1]
+        of = {
+            name: row[f"delta_{name}/0"]
+            for name in ("real_mean", "real_std", "fake_mean", "fake_std")
+        }
+        within = (of["real_std"] ** 2 + of["fake_std"] ** 2) / 2
+        deviation = math.sqrt(within + (of["real_mean"] - of["fake_mean"]) ** 2 / 4)
+    if jax.process_count() > 1:
+        deviation = float(multihost_utils.broadcast_one_to_all(np.float32(deviation)))
     if not deviation:
         raise ValueError(
             f"config.probe_steps={steps} steps left the log-ratios at {deviation}; a longer probe "
@@ -373,6 +396,9 @@ def _resolve(config: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str,
             raise ValueError(f"config.{name} must be a positive integer, got {config[name]!r}")
     if not config["alpha"]:
         raise ValueError("config.alpha is empty; the grid needs at least one")
+    if not config["eval_every"]:
+        raise ValueError("config.eval_every is 0; the members are chosen by their scores")
+    resolve_config({**config, "best_metric": config["metric"]})
     if set(config["ema"]) != {_AVERAGE}:
         raise ValueError(
             f"config.ema must hold one average, named {_AVERAGE!r}; got {sorted(config['ema'])}"

@@ -25,14 +25,14 @@ def drawer(calls=None, fail_at=None):
     return draw
 
 
-def draw_into(directory, draw=None, seeds=range(100, 160), provenance=ORIGIN):
+def draw_into(directory, draw=None, seeds=range(100, 160), provenance=ORIGIN, part_size=25):
     return draw_pool(
         directory,
         draw or drawer(),
         seeds=seeds,
         provenance=provenance,
         label=lambda seeds: np.arange(seeds.start, seeds.stop) % 3,
-        part_size=25,
+        part_size=part_size,
     )
 
 
@@ -69,6 +69,19 @@ def test_a_pool_of_another_origin_is_refused(tmp_path, change, interrupted):
         draw_into(tmp_path)
     with pytest.raises(ValueError, match="another origin"):
         draw_into(tmp_path, **change)
+
+
+def test_another_size_of_parts_changes_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        draw_into(tmp_path, drawer(fail_at=140))
+    pool = draw_into(tmp_path, part_size=11)
+    np.testing.assert_array_equal(pool["image"][:, 0, 0, 0], np.arange(100, 160) % 251)
+
+
+@pytest.mark.parametrize("given", [range(100, 159), range(101, 161)])
+def test_samples_of_other_seeds_are_refused(tmp_path, given):
+    with pytest.raises(ValueError, match="were asked for"):
+        draw_into(tmp_path, lambda seeds: drawer()(given))
 
 
 def test_damage_is_noticed(tmp_path):

@@ -10,7 +10,12 @@ import pytest
 import configs
 import experiments
 from experiments import self_play
-from genjax_lab.training import default_config, default_self_play_config, make_train_step
+from genjax_lab.training import (
+    TrainState,
+    default_config,
+    default_self_play_config,
+    make_train_step,
+)
 from genjax_lab.training.config import resolve_config
 from genjax_lab.training.ema import ema_from_config
 
@@ -107,6 +112,21 @@ def test_grid_of_a_round_at_full_size_keeps_its_shapes(name):
     after, metrics = jax.eval_shape(train.step, state, batches)
     assert metrics["delta_real_mean/1"].shape == (1,)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+
+
+def test_rounds_of_an_unconditional_model_need_no_labels():
+    model = load("digits_edm")
+    model.data.num_classes = 0
+    variables = jax.eval_shape(experiments.build(model).init, jax.random.key(0))
+    state = TrainState(*[None] * 8).replace(constants={}, ema={"ema": variables["params"]})
+    objective = self_play.for_images(load("digits_ddo"), model, state).objective((1.0,), (1.0,), 1)
+    members = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), variables["params"]
+    )
+    image, label = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
+    batch = {"image": image, "fake_image": image, "label": label, "fake_label": label}
+    both = {"params": members, "reference": variables}
+    assert jax.eval_shape(objective, both, batch, jax.random.key(0))[0].shape == ()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Rounds of self-play on a model of which every number is known: a Gaussian of unit variance."""
 
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from genjax_lab.training import (
     run_self_play,
     self_play,
 )
+from genjax_lab.training.checkpoint import checkpoint_steps
 
 TRUE_MEAN = 0.3
 MODEL_CONFIG = default_self_play_config().to_dict() | {"evaluation": {"ema": "ema"}}
@@ -182,7 +185,13 @@ def test_beta_is_calibrated_by_a_probe(tmp_path):
     play(tmp_path, beta=(), rounds=1)
     beta = json.loads((tmp_path / "round_1/result.json").read_text())["beta"]
     rows = [json.loads(x) for x in (tmp_path / "round_1/probe/metrics.jsonl").open()]
-    assert beta == pytest.approx(1 / rows[-1]["delta_real_std/0"])
+    real, fake = (
+        (rows[-1][f"delta_{kind}_mean/0"], rows[-1][f"delta_{kind}_std/0"])
+        for kind in ("real", "fake")
+    )
+    # Of both kinds together: within each, and between their means.
+    variance = (real[1] ** 2 + fake[1] ** 2) / 2 + (real[0] - fake[0]) ** 2 / 4
+    assert beta == pytest.approx(variance**-0.5)
     assert restore(tmp_path, 1).log["beta"] == [beta]
     assert 0.1 < beta < 100
 
@@ -203,12 +212,62 @@ def test_other_weights_and_other_settings_are_refused(tmp_path):
         play(tmp_path, alpha=(2.0,))
 
 
+def test_a_model_with_a_constraint_starts_at_its_projection(tmp_path):
+    """The reference is projected as the members are, or the first ratios would not be 0."""
+    model = gaussian(start=0.1)._replace(
+        project=lambda params: jax.tree.map(lambda leaf: jnp.round(leaf * 4) / 4, params)
+    )
+    play(tmp_path, model, rounds=1, log_every=1, steps_per_call=1)
+    first = json.loads((tmp_path / "round_1/grid/metrics.jsonl").open().readline())
+    assert first["delta_real_mean/0"] == first["delta_fake_mean/1"] == 0
+    manifest = json.loads((tmp_path / "round_1/pool/manifest.json").read_text())
+    start = {"params": {"mean": np.zeros((1, 1, 4), np.float32)}}
+    assert manifest["provenance"]["model"] == self_play.tree_digest(start)
+
+
+def test_a_member_that_diverges_does_not_stop_the_others(tmp_path):
+    model = gaussian()
+
+    def score(variables, seeds):
+        first = float(variables["params"]["mean"].mean())
+        return {"error": np.inf if first > 0.05 else abs(first - TRUE_MEAN)}
+
+    play(tmp_path, model._replace(score=score), rounds=1)
+    result = json.loads((tmp_path / "round_1/result.json").read_text())
+    assert np.isfinite(result["selection"])
+    assert None in [row["error"] for row in result["table"]]
+    with pytest.raises(ValueError, match="no member of the grid"):
+        broken = model._replace(score=lambda variables, seeds: {"error": np.nan})
+        play(tmp_path / "none", broken, rounds=1)
+
+
+def test_sigterm_at_an_evaluation_changes_no_choice(tmp_path):
+    """The evaluation is stored with its checkpoint, or the next launch could not compare it."""
+    model, calls = gaussian(), []
+
+    def score(variables, seeds):
+        calls.append(seeds)
+        if len(calls) == 2:  # the first evaluation of the first round; it takes a call to be seen
+            os.kill(os.getpid(), signal.SIGTERM)
+        return model.score(variables, seeds)
+
+    once = {"rounds": 1, "steps_per_call": 4}  # the next call ends at an evaluation, too
+    with pytest.raises(SystemExit):
+        play(tmp_path / "stopped", model._replace(score=score), **once)
+    assert checkpoint_steps(tmp_path / "stopped/round_1/grid/checkpoints")[-1] == 8
+    same(play(tmp_path / "stopped", **once), play(tmp_path / "whole", **once))
+    results = [tmp_path / name / "round_1/result.json" for name in ("stopped", "whole")]
+    assert results[0].read_text() == results[1].read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rounds": 0}, "rounds must be a positive"),
         ({"alpha": ()}, "alpha is empty"),
         ({"max_grad_norm": 1.0}, "couple the members"),
+        ({"eval_every": 0}, "eval_every is 0"),
+        ({"checkpoint_every": 6, "eval_every": 4}, "checkpoint_every=6"),
         ({"metric": "beauty"}, "beauty"),
     ],
 )
