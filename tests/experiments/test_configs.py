@@ -125,7 +125,7 @@ def test_rounds_of_an_unconditional_model_need_no_labels():
     )
     image, label = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
     batch = {"image": image, "fake_image": image, "label": label, "fake_label": label}
-    both = {"params": members, "reference": variables}
+    both = {**variables, "params": members, "reference": variables}
     assert jax.eval_shape(objective, both, batch, jax.random.key(0))[0].shape == ()
 
 
