@@ -64,6 +64,6 @@ CASES = {
         ),
         (28, 28, 1),
         32,
-        1,  # XLA's CPU convolutions are many times slower within a scan
+        4,
     ),
 }
