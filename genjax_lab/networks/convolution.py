@@ -165,8 +165,14 @@ def _batch(
         joined = jnp.moveaxis(kernel, 0, 3)
         out = convolve(x, joined.reshape(*joined.shape[:3], -1))
         return out.reshape(*out.shape[:3], kernel.shape[0], -1), 3
-    # One kernel for each: in turn, because grouped convolutions have no fast kernel on a CPU.
-    return jax.lax.map(lambda pair: convolve(*pair), (jnp.moveaxis(x, x_axis, 0), kernel)), 0
+
+    # One kernel for each: on a CPU in turn, where grouped convolutions have no fast kernel.
+    def in_turn(x: Array, kernel: Array) -> Array:
+        return jax.lax.map(lambda pair: convolve(*pair), (x, kernel))
+
+    grouped = jax.vmap(functools.partial(_native, padding=padding, precision=precision))
+    x = jnp.moveaxis(x, x_axis, 0)
+    return jax.lax.platform_dependent(x, kernel, cpu=in_turn, default=grouped), 0
 
 
 _conv_p = Primitive("conv2d_stride_1")

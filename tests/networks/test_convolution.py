@@ -78,6 +78,16 @@ def test_gradients_in_a_loop_use_the_order_of_axes_that_is_fast():
     assert_same(descend(conv2d)(kernel), descend(reference)(kernel))
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_get_plain_convolutions_without_loops(platform):
+    x, kernel = arrays((2, 3, 8, 8, 4), (2, 3, 3, 4, 4))
+    gradient = jax.vmap(jax.grad(score(conv2d, "SAME"), (0, 1)))
+    text = jax.jit(gradient).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.convolution") == 3  # forward, and a gradient for each
+    assert "stablehlo.while" not in text
+    assert "stablehlo.dot_general" not in text
+
+
 @pytest.mark.parametrize(
     "options",
     [
