@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/mnist5k_edm.py --workdir=runs/mnist5k_edm
 
-37 minutes on two busy CPU cores. Samples are legible digits of their class with some strays;
+38 minutes on two busy CPU cores. Samples are legible digits of their class with some strays;
 Frechet distance on features of a classifier, 500 samples of fresh seeds, Heun with 35 evaluations:
 19.6 (`python -m experiments.evaluate --checkpoint=DIR --num=500 --seed_ranges=2`).
 """
