@@ -227,7 +227,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters(network_class):
     assert seen == {jnp.dtype(jnp.bfloat16)}
     jaxpr = jax.make_jaxpr(network.apply)(variables, X, C_NOISE)
     assert jaxpr.out_avals[0].dtype == jnp.float32
-    convolutions = [e for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+    convolutions = [e for e in jaxpr.eqns if e.primitive.name == "conv2d_stride_1"]
     assert len(convolutions) == 2 + 2 * BLOCKS
     assert {e.outvars[0].aval.dtype for e in convolutions} == {jnp.dtype(jnp.bfloat16)}
 
