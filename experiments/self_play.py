@@ -23,6 +23,8 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from experiments import images
+from experiments.building import construct, default_optimizer, make_optimizer
+from experiments.image_data import make_batches
 from genjax_lab import data, objectives, processes
 from genjax_lab.networks import EDM2UNet, normalize_weights
 from genjax_lab.parallel import make_mesh, process_share
@@ -62,15 +64,7 @@ def default_config() -> ml_collections.ConfigDict:
             "process_from_round": {},
             "sampler": {},
             "evaluation": {},
-            "optimizer": {
-                "learning_rate": 3e-4,
-                "warmup_steps": 60,
-                "schedule": "constant",
-                "decay_steps": placeholder(int),
-                "b1": 0.9,
-                "b2": 0.999,
-                "weight_decay": 0.0,
-            },
+            "optimizer": default_optimizer(learning_rate=3e-4, warmup_steps=60),
         }
     )
     return config
@@ -137,7 +131,7 @@ def for_images(
             raise ValueError(f"config.loss='spin' has no alpha; config.alpha={alpha} must be one")
         grid = objectives.ddo_denoising_grid(
             network.apply,
-            images.construct(processes, fields, "process"),
+            construct(processes, fields, "process"),
             alpha=alpha,
             beta=beta,
             num_draws=config.num_draws,
@@ -149,7 +143,7 @@ def for_images(
     def batches(pool, seed):
         index, count = process_share(make_mesh(**config.mesh))
         shard = {"shard_index": index, "shard_count": count}
-        real = images.make_batches(model, model.data.split, config.batch_size, seed=seed, **shard)
+        real = make_batches(model, model.data.split, config.batch_size, seed=seed, **shard)
         fake = data.make_loader_from_arrays(
             pool,
             config.batch_size,
@@ -179,7 +173,7 @@ def for_images(
         provenance={name: model[name].to_dict() for name in ("sampler", "process", "data")}
         | {"seed": model.seed},
         objective=objective,
-        optimizer=lambda: images.make_optimizer(config),
+        optimizer=lambda: make_optimizer(config),
         batches=batches,
         score=score,
         project=project,

@@ -1,6 +1,8 @@
-"""Eight virtual CPU devices for every test, set before JAX starts."""
+"""Eight virtual CPU devices and one cache of programs for all tests, set before JAX starts."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -9,6 +11,21 @@ os.environ["XLA_FLAGS"] = (
 # A thread of XLA's CPU client blocks in every collective that it waits for. With as many threads as
 # cores, eight devices can all wait for threads that wait for them: so give them enough.
 os.environ["NPROC"] = "32"
+
+# Compiling is most of the suite's time, and many tests and the programs that they start compile the
+# same: whoever is first leaves the result to the others.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_made = None
+if _CACHE not in os.environ:
+    os.environ[_CACHE] = _made = tempfile.mkdtemp(prefix="genjax_lab_compiled_")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_unconfigure():
+    """Removes the cache where it was made, which is not in pytest-xdist's workers."""
+    if _made is not None:
+        shutil.rmtree(_made, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter):

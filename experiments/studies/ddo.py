@@ -33,6 +33,7 @@ from absl import app, flags
 import experiments
 from configs import digits_ddo, digits_edm
 from experiments import images, self_play
+from experiments.image_data import make_batches
 from experiments.launch import quiet_libraries
 from genjax_lab import data, evaluation, training
 from genjax_lab.objectives import extrapolate
@@ -97,7 +98,7 @@ class Model:
         info = data.dataset_info("digits")
         vectors = [data.dequantize(np.concatenate([part for _, part in drawn]), info)]
         for split in ("train", "test"):
-            loader = images.make_batches(
+            loader = make_batches(
                 self.config, split, 512, num_epochs=1, shuffle=False, drop_remainder=False
             )
             vectors.append(np.concatenate([batch["image"] for batch in loader]))

@@ -1,11 +1,17 @@
 """Networks as flax linen modules: EDM, EDM2, DiT, VAR; attention is injected as a function."""
 
 from genjax_lab.networks.dhariwal_unet import DhariwalUNet, adm_imagenet64
+from genjax_lab.networks.discriminator import Discriminator
 from genjax_lab.networks.dit import DiT, dit_imagenet
 from genjax_lab.networks.edm2_unet import EDM2UNet, edm2_imagenet
 from genjax_lab.networks.image_tokenizer import ImageTokenizer, digits_tokenizer, quantizer_of
 from genjax_lab.networks.magnitude_preserving import normalize_weights
-from genjax_lab.networks.multi_scale_quantizer import MultiScaleQuantizer
+from genjax_lab.networks.multi_scale_quantizer import (
+    MultiScaleQuantizer,
+    token_counts,
+    update_usage,
+    used_fraction,
+)
 from genjax_lab.networks.residual_mlp import ResidualMLP
 from genjax_lab.networks.song_unet import SongUNet, ddpmpp_cifar10, ncsnpp_cifar10
 from genjax_lab.networks.var import VAR, block_causal_mask, drop_class, teacher_forced, var_imagenet
@@ -15,6 +21,7 @@ __all__ = [
     "VAR",
     "DhariwalUNet",
     "DiT",
+    "Discriminator",
     "EDM2UNet",
     "ImageTokenizer",
     "MultiScaleQuantizer",
@@ -31,6 +38,9 @@ __all__ = [
     "normalize_weights",
     "quantizer_of",
     "teacher_forced",
+    "token_counts",
+    "update_usage",
+    "used_fraction",
     "var_imagenet",
     "var_tokenizer",
 ]

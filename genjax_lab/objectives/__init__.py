@@ -1,6 +1,7 @@
 """What is minimised: functions (variables, batch, key) -> (loss, metrics)."""
 
 from genjax_lab.objectives.augmentation import Augmentation, augmented, edm_augmentation
+from genjax_lab.objectives.autoregressive import autoregressive
 from genjax_lab.objectives.contrastive import (
     cca_loss,
     dpo_loss,
@@ -24,7 +25,11 @@ from genjax_lab.objectives.discriminative_denoising import (
     ddo_denoising_grid,
     seeded_log_likelihoods,
 )
-from genjax_lab.objectives.discriminative_tokens import ddo_tokens
+from genjax_lab.objectives.discriminative_tokens import (
+    LabelDropout,
+    ddo_tokens,
+    ddo_tokens_grid,
+)
 from genjax_lab.objectives.likelihood import (
     autoregressive_log_likelihood,
     diffusion_log_likelihood,
@@ -44,8 +49,10 @@ from genjax_lab.objectives.tokenizer import tokenizer_reconstruction
 __all__ = [
     "F_DIVERGENCES",
     "Augmentation",
+    "LabelDropout",
     "Objective",
     "augmented",
+    "autoregressive",
     "autoregressive_log_likelihood",
     "calibrate_beta",
     "cca_loss",
@@ -53,6 +60,7 @@ __all__ = [
     "ddo_denoising_grid",
     "ddo_loss",
     "ddo_tokens",
+    "ddo_tokens_grid",
     "denoising",
     "diffusion_log_likelihood",
     "dpo_loss",

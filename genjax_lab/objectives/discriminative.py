@@ -210,6 +210,47 @@ def calibrate_beta(probe_deltas: Float[Array, "..."], target: float = 1.0) -> Fl
     return target / deviation
 
 
+def adaptive_beta(
+    beta: Scalar,
+    deltas: Float[Array, "..."],
+    *,
+    max_share: float = 0.05,
+    threshold: float = SATURATED,
+) -> Float[Array, ""]:
+    """The largest value up to `beta` with which few rows are saturated.
+
+    A row with |beta r| > 3 has all or nothing of a gradient, and log-ratios grow in the course of a
+    round. Given the same `beta` every time, the result rises again when they shrink.
+
+    Args:
+      beta: the wanted factor of the log-ratios, positive.
+      deltas: log-ratios r, of data and samples together.
+      max_share: the largest share of rows with |beta r| > threshold, in [0, 1).
+      threshold: where a row counts as saturated, positive.
+
+    Returns:
+      beta, or where more than `max_share` of the rows would be saturated the largest value with
+      which they are not: threshold / q, q being the (1 - max_share) quantile of |r|.
+
+    Raises:
+      ValueError: if the log-ratios are no floats, none, or, being concrete, not finite; if a number
+        is out of its range.
+    """
+    deltas = floats("deltas", deltas)
+    check_positive(beta=beta)
+    check_positive(threshold=threshold)
+    if not 0 <= max_share < 1:
+        raise ValueError(f"max_share must be in [0, 1), got {max_share}")
+    if not deltas.size or (is_concrete(deltas) and not np.all(np.isfinite(deltas))):
+        raise ValueError(f"deltas must be finite log-ratios, at least one, got {deltas}")
+    sizes = jnp.sort(jnp.abs(deltas).ravel())
+    saturated = math.floor(max_share * sizes.size)  # so many may be
+    largest = sizes[sizes.size - 1 - saturated]
+    # A little less than the quotient, which may be rounded up.
+    bound = threshold * (1 - 4 * jnp.finfo(sizes.dtype).eps) / largest
+    return jnp.minimum(beta, bound)
+
+
 def start_of_round_ratio(fake_gradient: PyTree, data_gradient: PyTree) -> Float[Array, ""]:
     """||E_fake[s]|| / ||E_data[s]|| with s = grad log p_theta at theta = ref.
 

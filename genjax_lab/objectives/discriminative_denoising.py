@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from genjax_lab.objectives.denoising import Objective, images_of
@@ -22,6 +21,7 @@ from genjax_lab.objectives.likelihood import (
     seeded_times_and_noise,
 )
 from genjax_lab.objectives.log_ratio import member_log_likelihoods, paired_log_likelihoods
+from genjax_lab.objectives.members import alpha_and_beta_of_members, members_of, sum_of_members
 from genjax_lab.processes.gaussian import GaussianProcess
 
 RatioLoss = Callable[..., tuple[Float[Array, ""], dict[str, Array]]]
@@ -130,22 +130,14 @@ def ddo_denoising_grid(
     Raises:
       ValueError: if `alpha` and `beta` are not vectors of one length; and as `ddo_denoising`.
     """
-    alpha, beta = np.asarray(alpha, np.float32), np.asarray(beta, np.float32)
-    if alpha.ndim != 1 or alpha.shape != beta.shape or not alpha.size:
-        raise ValueError(
-            "alpha and beta must be vectors with one entry for each member, got shapes "
-            f"{list(alpha.shape)} and {list(beta.shape)}"
-        )
+    alpha, beta = alpha_and_beta_of_members(alpha, beta)
     _check_options(alpha, beta, num_draws, antithetic)
     log_likelihood = diffusion_log_likelihood(apply, process, reduce=reduce)
     num_members = len(alpha)
 
     def objective(variables, batch, key):
         network, reference = split_reference(variables)
-        _check_members(network["params"], num_members)
-        members = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (num_members, *jnp.shape(leaf))), network
-        ) | {"params": _finite_gradient(network["params"])}
+        members = members_of(network, num_members)
         rows, dimensions = _rows(process, batch, key, num_draws, antithetic)
         recorded = _recorded(batch, num_draws)
         if recorded is None:
@@ -162,15 +154,7 @@ def ddo_denoising_grid(
             scale = 1 if reduce == "mean" else dimensions
             return value, metrics | {"mle_loss": -jnp.mean(own[..., 0]) / scale}
 
-        values, metrics = jax.vmap(of_member)(own, alpha, beta)
-        finite = jnp.isfinite(values)
-        metrics |= {"loss": values, "finite": finite}
-        named = {
-            f"{name}/{member}": value[member]
-            for name, value in metrics.items()
-            for member in range(num_members)
-        }
-        return jnp.sum(jnp.where(finite, values, 0)), named
+        return sum_of_members(*jax.vmap(of_member)(own, alpha, beta))
 
     return objective
 
@@ -343,33 +327,6 @@ def _has_both(batch: Mapping[str, Array], first: str, second: str) -> bool:
     if (first in batch) != (second in batch):
         raise ValueError(f'batch must have both "{first}" and "{second}" or neither')
     return first in batch
-
-
-@jax.custom_vjp
-def _finite_gradient(members: PyTree) -> PyTree:
-    """The identity; a member with any gradient that is not finite gets a zero gradient."""
-    return members
-
-
-def _finite_gradient_backward(_, gradients):
-    def finite(leaf):
-        return jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
-
-    every = jnp.all(jnp.stack([finite(leaf) for leaf in jax.tree.leaves(gradients)]), axis=0)
-    kept = jax.vmap(lambda leaf, keep: jnp.where(keep, leaf, 0), in_axes=(0, 0))
-    return (jax.tree.map(lambda leaf: kept(leaf, every), gradients),)
-
-
-_finite_gradient.defvjp(lambda members: (members, None), _finite_gradient_backward)
-
-
-def _check_members(params: PyTree, num_members: int) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.shape(leaf)[:1] != (num_members,):
-            raise ValueError(
-                f"variables['params']{jax.tree_util.keystr(path)} must have a leading axis of "
-                f"{num_members} members, got shape {list(jnp.shape(leaf))}"
-            )
 
 
 def _check_options(alpha, beta, num_draws: int, antithetic: bool) -> None:

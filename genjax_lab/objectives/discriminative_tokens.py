@@ -5,10 +5,12 @@ bound, for which times and masks are drawn, the same for network and reference, 
 Rows whose label was dropped, for classifier-free guidance, are trained without the samples.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from genjax_lab.objectives.denoising import Objective
 from genjax_lab.objectives.discriminative import check_alpha_and_beta, ddo_loss
@@ -19,9 +21,26 @@ from genjax_lab.objectives.discriminative_denoising import (
     require_reference,
     split_reference,
 )
-from genjax_lab.objectives.log_ratio import paired_log_likelihoods
+from genjax_lab.objectives.log_ratio import member_log_likelihoods, paired_log_likelihoods
+from genjax_lab.objectives.members import alpha_and_beta_of_members, members_of, sum_of_members
 
 UNCOND_MODES = ("alpha0", "mle")
+
+
+class LabelDropout(NamedTuple):
+    """How labels are dropped while fine-tuning, so that the model can still be guided.
+
+    Attributes:
+      null_label: "no class", which replaces the label of data and sample in such a row; if None
+        labels are taken as they come, dropped or not.
+      rate: probability of dropping the label of a row of a batch that has no "label_dropped".
+      mode: rows with a dropped label have "alpha0", the data term of the loss only, or "mle", plain
+        maximum likelihood: the negative log-likelihood per token.
+    """
+
+    null_label: int | None = None
+    rate: float = 0.0
+    mode: str = "alpha0"
 
 
 def ddo_tokens(
@@ -30,76 +49,138 @@ def ddo_tokens(
     alpha: float,
     beta: float,
     draw: Callable[..., tuple[Array, ...]] | None = None,
-    null_label: int | None = None,
-    uncond_mode: str = "alpha0",
+    label_dropout: LabelDropout = LabelDropout(),  # noqa: B008 (a constant)
     normalize_by_alpha: bool = True,
 ) -> Objective:
     """The DDO objective of a token model.
 
     Args:
-      log_likelihood: (variables, tokens, label, *draws) -> [batch], of
+      log_likelihood: (variables, tokens, condition, *draws) -> [batch], of
         `autoregressive_log_likelihood` or `masked_log_likelihood`.
       alpha: weight of the samples, at least 0; [10, 100] for VAR.
       beta: factor of the log-ratios, positive; 0.02 for VAR.
       draw: (key, [batch, length]) -> draws, such as `draw_times_and_masks`; none if None.
-      null_label: "no class", which replaces the label of data and sample in rows with a dropped
-        label; if None labels are taken as they come.
-      uncond_mode: rows with a dropped label have "alpha0", the data term of the loss only, or
-        "mle", plain maximum likelihood: the negative log-likelihood per token.
+      label_dropout: what happens to labels and to the rows without.
       normalize_by_alpha: divides the loss, but not the "mle" rows, by max(alpha, 1).
 
     Returns:
       An objective of batches {"tokens" and "fake_tokens": [batch, length] int, "label" and
       "fake_label": both or neither, "label_dropped": [batch] bool, optional}, of variables as
-      `ddo_denoising`. Optional "reference_real" and "reference_fake", [batch], are recorded
-      log-likelihoods of the reference, with which it is not evaluated; not together with `draw` or
-      with labels that are replaced here. Metrics are those of `ddo_loss`, over all rows, and
-      "mle_loss", the negative log-likelihood of the data per token.
+      `ddo_denoising`. Optional "inputs" and "fake_inputs", [batch, ...], are what the network sees
+      of tokens, such as features of a codebook; `condition` is then (label, inputs), else the
+      label. Optional "reference_real" and "reference_fake", [batch], are recorded log-likelihoods
+      of the reference, with which it is not evaluated; not together with `draw` or with labels
+      that are replaced here. Metrics are those of `ddo_loss`, over all rows, and "mle_loss", the
+      negative log-likelihood of the data per token.
 
     Raises:
-      ValueError: for an unknown `uncond_mode`, a negative alpha or a beta that is not positive.
+      ValueError: for an unknown mode, a rate that is not in [0, 1] or has no `null_label`, a
+        negative alpha or a beta that is not positive.
     """
     check_alpha_and_beta(alpha, beta)
-    if uncond_mode not in UNCOND_MODES:
-        raise ValueError(f"uncond_mode is {uncond_mode!r}; it must be one of {UNCOND_MODES}")
+    _check_dropout(label_dropout)
 
     def objective(variables, batch, key):
         network, reference = split_reference(variables)
-        real, fake = _paired_tokens(batch)
-        dropped = _dropped(batch, len(real))
-        label = paired_labels(batch)
-        if dropped is not None and null_label is not None:
-            if label is None:
-                raise ValueError('batch has "label_dropped" but no "label" that could be dropped')
-            label = jnp.where(paired(dropped, dropped), null_label, label)
-        draws = () if draw is None else draw(key, real.shape)
-        rows = (paired(real, fake), label, *(paired(value, value) for value in draws))
-        recorded = reference_terms(batch, len(real), 1)
+        rows, kept, length = _rows(batch, key, draw, label_dropout)
+        recorded = _recorded(batch, draw, label_dropout)
         if recorded is None:
             require_reference(reference)
             own, frozen = paired_log_likelihoods(log_likelihood, network, reference, *rows)
         else:
-            _check_recorded(draw, dropped, null_label)
             own, frozen = log_likelihood(network, *rows), recorded
-        own = own.reshape(-1, 2)
-        ratio = own - frozen.reshape(own.shape)
-
-        kept = None if dropped is None else 1 - dropped.astype(ratio.dtype)
-        value, metrics = ddo_loss(
-            ratio[:, 0],
-            ratio[:, 1],
-            alpha,
-            beta,
-            real_weight=kept if uncond_mode == "mle" else None,
-            fake_weight=kept,
-            normalize_by_alpha=normalize_by_alpha,
-        )
-        nll = -own[:, 0] / real.shape[1]
-        if kept is not None and uncond_mode == "mle":
-            value = value + jnp.mean((1 - kept) * nll)
-        return value, metrics | {"mle_loss": jnp.mean(nll)}
+        return _loss(own, frozen, kept, alpha, beta, length, label_dropout.mode, normalize_by_alpha)
 
     return objective
+
+
+def ddo_tokens_grid(
+    log_likelihood: Callable[..., Float[Array, "batch"]],
+    *,
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    draw: Callable[..., tuple[Array, ...]] | None = None,
+    label_dropout: LabelDropout = LabelDropout(),  # noqa: B008 (a constant)
+    normalize_by_alpha: bool = True,
+) -> Objective:
+    """`ddo_tokens` of several (alpha, beta) at once, on the same draws and one reference.
+
+    Arguments and batches are those of `ddo_tokens`, but `alpha` and `beta` have one entry for each
+    member; variables, loss, metrics and errors are as for `ddo_denoising_grid`.
+    """
+    alpha, beta = alpha_and_beta_of_members(alpha, beta)
+    check_alpha_and_beta(alpha, beta)
+    _check_dropout(label_dropout)
+
+    def objective(variables, batch, key):
+        network, reference = split_reference(variables)
+        members = members_of(network, len(alpha))
+        rows, kept, length = _rows(batch, key, draw, label_dropout)
+        frozen = _recorded(batch, draw, label_dropout)
+        if frozen is None:
+            require_reference(reference)
+            own, frozen = member_log_likelihoods(log_likelihood, members, reference, *rows)
+        else:
+            own = jax.vmap(lambda member: log_likelihood(member, *rows))(members)
+        of_member = lambda own, alpha, beta: _loss(  # noqa: E731
+            own, frozen, kept, alpha, beta, length, label_dropout.mode, normalize_by_alpha
+        )
+        return sum_of_members(*jax.vmap(of_member)(own, alpha, beta))
+
+    return objective
+
+
+def _loss(
+    own: Float[Array, "rows"],
+    frozen: Float[Array, "..."],
+    kept: Float[Array, "batch"] | None,
+    alpha: float,
+    beta: float,
+    length: int,
+    mode: str,
+    normalize_by_alpha: bool,
+) -> tuple[Array, dict[str, Array]]:
+    """Loss and metrics of log-likelihoods of pairs of rows."""
+    own = own.reshape(-1, 2)
+    ratio = own - frozen.reshape(own.shape)
+    value, metrics = ddo_loss(
+        ratio[:, 0],
+        ratio[:, 1],
+        alpha,
+        beta,
+        real_weight=kept if mode == "mle" else None,
+        fake_weight=kept,
+        normalize_by_alpha=normalize_by_alpha,
+    )
+    nll = -own[:, 0] / length
+    if kept is not None and mode == "mle":
+        value = value + jnp.mean((1 - kept) * nll)
+    return value, metrics | {"mle_loss": jnp.mean(nll)}
+
+
+def _rows(
+    batch: Mapping[str, Array],
+    key: PRNGKeyArray,
+    draw: Callable | None,
+    dropout: LabelDropout,
+) -> tuple[tuple[PyTree, ...], Float[Array, "batch"] | None, int]:
+    """((tokens, condition, *draws) of pairs of rows, 0 where a label was dropped, tokens each)."""
+    real, fake = _paired_tokens(batch)
+    dropped = _dropped(batch, len(real), key, dropout)
+    label = paired_labels(batch)
+    if dropped is not None and dropout.null_label is not None:
+        if label is None:
+            raise ValueError('batch has "label_dropped" but no "label" that could be dropped')
+        label = jnp.where(paired(dropped, dropped), dropout.null_label, label)
+    condition = label
+    if ("inputs" in batch) != ("fake_inputs" in batch):
+        raise ValueError('batch must have both "inputs" and "fake_inputs" or neither')
+    if "inputs" in batch:
+        condition = (label, paired(batch["inputs"], batch["fake_inputs"]))
+    draws = () if draw is None else draw(key, real.shape)
+    rows = (paired(real, fake), condition, *(paired(value, value) for value in draws))
+    kept = None if dropped is None else 1 - dropped.astype(jnp.float32)
+    return rows, kept, real.shape[1]
 
 
 def _paired_tokens(batch: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -116,9 +197,14 @@ def _paired_tokens(batch: Mapping[str, Array]) -> tuple[Array, Array]:
     return real, fake
 
 
-def _dropped(batch: Mapping[str, Array], rows: int) -> Array | None:
+def _dropped(
+    batch: Mapping[str, Array], rows: int, key: PRNGKeyArray, dropout: LabelDropout
+) -> Array | None:
     if "label_dropped" not in batch:
-        return None
+        if not dropout.rate:
+            return None
+        # The draws of times and masks are children of the key as it is.
+        return jax.random.bernoulli(jax.random.fold_in(key, _DROPOUT_STREAM), dropout.rate, (rows,))
     dropped = jnp.asarray(batch["label_dropped"])
     if dropped.shape != (rows,) or dropped.dtype != jnp.bool_:
         raise ValueError(
@@ -128,9 +214,27 @@ def _dropped(batch: Mapping[str, Array], rows: int) -> Array | None:
     return dropped
 
 
-def _check_recorded(draw: Callable | None, dropped: Array | None, null_label: int | None) -> None:
-    if draw is not None or (dropped is not None and null_label is not None):
+_DROPOUT_STREAM = 2**31
+
+
+def _recorded(
+    batch: Mapping[str, Array], draw: Callable | None, dropout: LabelDropout
+) -> Array | None:
+    """Recorded terms of the reference, or None."""
+    recorded = reference_terms(batch, len(batch["tokens"]), 1)
+    replaced = dropout.null_label is not None and ("label_dropped" in batch or dropout.rate)
+    if recorded is not None and (draw is not None or replaced):
         raise ValueError(
             "batch has recorded reference terms, which belong to given labels and no draws: leave "
             "out `draw`, and `null_label` where labels are dropped"
         )
+    return recorded
+
+
+def _check_dropout(dropout: LabelDropout) -> None:
+    if dropout.mode not in UNCOND_MODES:
+        raise ValueError(f"label_dropout.mode is {dropout.mode!r}; it must be in {UNCOND_MODES}")
+    if not 0 <= dropout.rate <= 1:
+        raise ValueError(f"label_dropout.rate is {dropout.rate}; it must be in [0, 1]")
+    if dropout.rate and dropout.null_label is None:
+        raise ValueError(f"label_dropout.rate={dropout.rate} needs a null_label")

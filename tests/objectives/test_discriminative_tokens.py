@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from genjax_lab.objectives import (
+    LabelDropout,
     autoregressive_log_likelihood,
     ddo_loss,
     ddo_tokens,
+    ddo_tokens_grid,
     draw_times_and_masks,
     masked_log_likelihood,
 )
@@ -51,7 +53,10 @@ def make_batch():
 
 def objective(**options):
     options = {"alpha": 10.0, "beta": 0.4} | options
-    return ddo_tokens(autoregressive_log_likelihood(markov), **options)
+    dropout = {n: options.pop(n) for n in ("null_label", "rate", "mode") if n in options}
+    return ddo_tokens(
+        autoregressive_log_likelihood(markov), label_dropout=LabelDropout(**dropout), **options
+    )
 
 
 def log_p(table, tokens, label):
@@ -91,7 +96,7 @@ def test_equal_networks_start_at_a_coin(variables):
 def test_rows_with_a_dropped_label_see_no_samples(variables):
     batch = make_batch() | {"label_dropped": DROPPED}
     for mode in ("alpha0", "mle"):
-        value = jax.jit(objective(null_label=CLASSES, uncond_mode=mode))
+        value = jax.jit(objective(null_label=CLASSES, mode=mode))
         loss, slope = jax.value_and_grad(lambda v, b, f=value: f(v, b, KEY)[0])(variables, batch)
         changed = np.where(
             DROPPED[:, None], (batch["fake_tokens"] + 1) % VOCAB, batch["fake_tokens"]
@@ -123,7 +128,7 @@ def test_the_two_modes_are_the_data_term_and_the_likelihood(variables):
     nll = -log_p(variables["params"], batch["tokens"], null["label"]) / LENGTH
     likelihood = ddo_loss(real, fake, 10.0, 0.4, real_weight=kept, fake_weight=kept)[0] / 10
     likelihood += np.mean(DROPPED * nll)
-    found = objective(null_label=CLASSES, uncond_mode="mle")(variables, dropped, KEY)[0]
+    found = objective(null_label=CLASSES, mode="mle")(variables, dropped, KEY)[0]
     np.testing.assert_allclose(found, likelihood, rtol=1e-5)
     # Labels may come dropped already.
     found = objective()(variables, dropped | null, KEY)[0]
@@ -155,6 +160,72 @@ def test_masks_are_shared_by_data_and_samples_and_by_both_networks(variables):
     np.testing.assert_allclose(found, ddo_loss(*deltas, 1.0, 0.4)[0], rtol=1e-5)
 
 
+def test_a_rate_drops_that_share_of_labels_anew_with_every_key(variables):
+    """The loss is that of some mask, as if the batch had said so, and of others for other keys."""
+    batch = make_batch()
+    drawn = objective(null_label=CLASSES, rate=0.5)
+    given = jax.jit(
+        lambda dropped: objective(null_label=CLASSES)(
+            variables, batch | {"label_dropped": dropped}, KEY
+        )[0]
+    )
+    masks = [np.array([i >> k & 1 for k in range(ROWS)], bool) for i in range(2**ROWS)]
+    by_mask = np.array([given(mask) for mask in masks])
+    chosen = []
+    for seed in range(40):
+        loss = drawn(variables, batch, jax.random.key(seed))[0]
+        distances = abs(by_mask - loss)
+        assert distances.min() < 1e-5
+        chosen.append(masks[distances.argmin()])
+    assert 0.4 < np.mean(chosen) < 0.6
+    assert drawn(variables, batch | {"label_dropped": DROPPED}, KEY)[0] == given(DROPPED)
+
+
+def test_inputs_of_the_network_come_with_its_labels(variables):
+    batch = make_batch()
+    extra = {"inputs": np.full((ROWS, 1), 2.0, np.float32), "fake_inputs": np.ones((ROWS, 1))}
+
+    def scaled(variables, tokens, condition):
+        label, inputs = condition
+        return inputs[:, 0] * autoregressive_log_likelihood(markov)(variables, tokens, label)
+
+    found = ddo_tokens(scaled, alpha=10.0, beta=0.4)(variables, batch | extra, KEY)[0]
+    real, fake = ratios(variables, batch)
+    np.testing.assert_allclose(found, ddo_loss(2 * real, fake, 10.0, 0.4)[0] / 10, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_every_member_of_a_grid_is_the_objective_alone(variables, recorded):
+    batch, grid = make_batch(), [(10.0, 0.4), (0.5, 1.0), (0.0, 2.0)]
+    frozen, dropout = variables["reference"]["params"], LabelDropout(CLASSES, 0.4, "mle")
+    if recorded:
+        dropout = LabelDropout()
+        batch |= {
+            "reference_real": log_p(frozen, batch["tokens"], batch["label"]),
+            "reference_fake": log_p(frozen, batch["fake_tokens"], batch["fake_label"]),
+        }
+    log_likelihood = autoregressive_log_likelihood(markov)
+    alpha, beta = zip(*grid, strict=True)
+    together = ddo_tokens_grid(log_likelihood, alpha=alpha, beta=beta, label_dropout=dropout)
+    members = variables | {"params": jnp.float32([table(seed) for seed in range(3)])}
+    (loss, metrics), slope = jax.jit(
+        jax.value_and_grad(lambda v: together(v, batch, KEY), has_aux=True)
+    )(members)
+    total = 0.0
+    for i, (alpha, beta) in enumerate(grid):
+        alone = ddo_tokens(log_likelihood, alpha=alpha, beta=beta, label_dropout=dropout)
+        one = variables | {"params": members["params"][i]}
+        (value, numbers), expected = jax.value_and_grad(
+            lambda v, f=alone: f(v, batch, KEY), has_aux=True
+        )(one)
+        total += value
+        np.testing.assert_allclose(metrics[f"loss/{i}"], value, rtol=1e-5)
+        np.testing.assert_allclose(slope["params"][i], expected["params"], rtol=1e-4, atol=1e-6)
+        for name, number in numbers.items():
+            np.testing.assert_allclose(metrics[f"{name}/{i}"], number, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss, total, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -163,6 +234,7 @@ def test_masks_are_shared_by_data_and_samples_and_by_both_networks(variables):
         ({"tokens": np.zeros((ROWS, LENGTH))}, {}, "integers.*float"),
         ({"fake_label": None}, {}, "fake_label"),
         ({"label_dropped": np.zeros(ROWS)}, {}, "bool"),
+        ({"inputs": np.zeros((ROWS, 2), np.float32)}, {}, "fake_inputs"),
         (
             {"label": None, "fake_label": None, "label_dropped": DROPPED},
             {"null_label": CLASSES},
@@ -183,7 +255,13 @@ def test_refuses_batches_that_are_not_as_described(variables, change, options, m
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"alpha": -1}, "alpha"), ({"beta": 0}, "beta"), ({"uncond_mode": "cfg"}, "cfg.*alpha0")],
+    [
+        ({"alpha": -1}, "alpha"),
+        ({"beta": 0}, "beta"),
+        ({"mode": "cfg"}, "cfg.*alpha0"),
+        ({"rate": 1.5}, "1.5"),
+        ({"rate": 0.5}, "null_label"),
+    ],
 )
 def test_refuses_options_by_name(options, message):
     with pytest.raises(ValueError, match=message):
