@@ -13,6 +13,7 @@ from genjax_lab.objectives.contrastive import (
 from genjax_lab.objectives.denoising import Objective, denoising
 from genjax_lab.objectives.discriminative import (
     F_DIVERGENCES,
+    adaptive_beta,
     calibrate_beta,
     ddo_loss,
     f_divergence_loss,
@@ -44,13 +45,17 @@ from genjax_lab.objectives.log_ratio import (
     member_log_likelihoods,
     paired_log_likelihoods,
 )
+from genjax_lab.objectives.noise_levels import NoiseLevelTable, log_ratios_by_noise_level
+from genjax_lab.objectives.noisy_discriminator import noisy_discriminator
 from genjax_lab.objectives.tokenizer import tokenizer_reconstruction
 
 __all__ = [
     "F_DIVERGENCES",
     "Augmentation",
     "LabelDropout",
+    "NoiseLevelTable",
     "Objective",
+    "adaptive_beta",
     "augmented",
     "autoregressive",
     "autoregressive_log_likelihood",
@@ -72,8 +77,10 @@ __all__ = [
     "jsd_from_loss",
     "kto_loss",
     "log_ratio",
+    "log_ratios_by_noise_level",
     "masked_log_likelihood",
     "member_log_likelihoods",
+    "noisy_discriminator",
     "paired_log_likelihoods",
     "seeded_log_likelihoods",
     "seeded_times_and_noise",

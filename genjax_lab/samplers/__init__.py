@@ -15,7 +15,12 @@ from genjax_lab.samplers.ddpm import ddpm
 from genjax_lab.samplers.denoising import change_process, denoiser
 from genjax_lab.samplers.dpm_solver import dpm_solver_pp_2m, sde_dpm_solver_pp_2m
 from genjax_lab.samplers.dpm_solver_v3 import dpm_solver_v3
-from genjax_lab.samplers.guidance import autoguidance, classifier_free
+from genjax_lab.samplers.guidance import (
+    autoguidance,
+    classifier_free,
+    discriminator_guidance,
+    log_odds,
+)
 from genjax_lab.samplers.heun import euler, heun
 from genjax_lab.samplers.model_statistics import (
     ModelStatistics,
@@ -40,11 +45,13 @@ __all__ = [
     "ddim",
     "ddpm",
     "denoiser",
+    "discriminator_guidance",
     "dpm_solver_pp_2m",
     "dpm_solver_v3",
     "estimate_statistics",
     "euler",
     "heun",
+    "log_odds",
     "next_scale",
     "sample",
     "sample_batches",

@@ -1,25 +1,29 @@
-"""Guidance: one denoiser steered away from a worse one, in all or some of the noise levels.
+"""Guidance: a denoiser steered away from a worse one, or by a discriminator, at some noise levels.
 
-Both forms extrapolate from a worse estimate of x_0 through a better one,
+Two forms extrapolate from a worse estimate of x_0 through a better one,
 
     D = D_worse + guidance_scale (D_better - D_worse),
 
 which for estimates of x_0, noise, v or score at one (x, t) is the same thing. In classifier-free
 guidance (arXiv 2207.12598) the worse one is the same network without its condition; in
 autoguidance (arXiv 2406.02507) it is a smaller or less trained network with the same condition.
-Outside of an interval of times (arXiv 2404.07724) only the better one is evaluated.
+The third adds the gradient of a discriminator's log-odds of data against samples (arXiv
+2211.17091). Outside of an interval of times (arXiv 2404.07724) only the better one is evaluated.
 """
 
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
-from genjax_lab.processes.gaussian import expand
+from genjax_lab.processes.gaussian import GaussianProcess, expand, same_noise_level
 from genjax_lab.samplers.base import Denoiser
-from genjax_lab.samplers.denoising import change_process
+from genjax_lab.samplers.denoising import change_process, one_evaluation
+
+LogOdds = Callable[[Array, Array, PyTree], Float[Array, "batch"]]
 
 
 def classifier_free(
@@ -102,6 +106,69 @@ def autoguidance(
     )
 
 
+def discriminator_guidance(
+    denoise: Denoiser,
+    log_odds: LogOdds,
+    process: GaussianProcess,
+    *,
+    weight: float | Float[Array, ""] = 1.0,
+    interval: tuple[float, float] | None = None,
+) -> Denoiser:
+    """Discriminator guidance (arXiv 2211.17091): score + weight grad_x log(d / (1 - d)).
+
+    The best discriminator of data and samples at time t has log(d / (1 - d)) = log p_data(x_t) /
+    p_model(x_t), so that with weight 1 the sum is the score of the data. By Tweedie's formula
+    E[x_0 | x_t] = (x_t + sigma(t)^2 score) / alpha(t), for the estimate of x_0 this is
+
+        D = D_model + weight sigma(t)^2 / alpha(t) grad_x log_odds(x_t, t, condition).
+
+    The factor grows without bound towards alpha(t) = 0, where the gradient of the best
+    discriminator vanishes, and that of a trained one need not: there an interval should end. At
+    alpha(t) = 0 itself there is no guidance.
+
+    Args:
+      denoise: a denoiser of the model whose samples the discriminator knows.
+      log_odds: (x [batch, ...], t [batch], condition) -> [batch], differentiable by x and of each
+        row for itself, such as `log_odds` makes of a network. A `jax.tree_util.Partial` with its
+        weights as an argument does not recompile for others.
+      process: the process that `x` and `t` of `log_odds` belong to. If it is another than that of
+        `denoise`, they are restated: the ratio of two densities does not depend on the scale.
+      weight: of the gradient; 1 for the data's score, 0 for the model alone.
+      interval: (smallest, largest) time of `denoise`'s process in which to guide; all if None.
+
+    Returns:
+      A denoiser that remembers what `denoise` does. Inside of the interval a prediction counts one
+      evaluation more, that of the discriminator and its gradient.
+
+    Raises:
+      ValueError: if the interval is empty; in sampling, if `log_odds` does not give one number for
+        each example.
+    """
+    interval = _checked(interval)
+    return Denoiser(
+        predict=Partial(
+            _predict_discriminated,
+            *(denoise.predict, log_odds, process, denoise.process),
+            *(jnp.asarray(weight, float), interval),
+        ),
+        process=denoise.process,
+        memory=denoise.memory,
+        evaluations=Partial(_evaluations, denoise.evaluations, one_evaluation, interval),
+    )
+
+
+def log_odds(network: nn.Module, variables: PyTree, process: GaussianProcess) -> LogOdds:
+    """The log-odds log(d / (1 - d)) of data that a discriminating network gives.
+
+    Args:
+      network: called as `network.apply(variables, c_in x, c_noise [batch], condition)`, as the
+        objective `noisy_discriminator` trains it; returns logits [batch].
+      variables: the module's variables.
+      process: the process that it was trained under.
+    """
+    return Partial(_apply_discriminator, network, process, variables)
+
+
 def _guided(
     denoise: Denoiser,
     *,
@@ -112,10 +179,7 @@ def _guided(
     interval: tuple[float, float] | None,
 ) -> Denoiser:
     """The guided denoiser, from `pair`: what evaluates the better and the worse one."""
-    if interval is not None:
-        if not interval[0] < interval[1]:
-            raise ValueError(f"interval is {interval}; it must be (smallest, largest) time")
-        interval = jnp.asarray(interval, float)
+    interval = _checked(interval)
     scale = jnp.asarray(guidance_scale, float)
     return Denoiser(
         predict=Partial(_predict, pair, denoise.predict, scale, interval),
@@ -123,6 +187,14 @@ def _guided(
         memory=memory,
         evaluations=Partial(_evaluations, denoise.evaluations, worse_evaluations, interval),
     )
+
+
+def _checked(interval: tuple[float, float] | None) -> Float[Array, "2"] | None:
+    if interval is None:
+        return None
+    if not interval[0] < interval[1]:
+        raise ValueError(f"interval is {interval}; it must be (smallest, largest) time")
+    return jnp.asarray(interval, float)
 
 
 def _inside(interval, t):
@@ -149,6 +221,44 @@ def _predict(pair, predict, scale, interval, memory, x, t, condition):
         x0, better, memory = guided(memory)
         x0 = jnp.where(expand(_inside(interval, t), x0), x0, better)
     return x0, memory
+
+
+def _predict_discriminated(
+    predict, log_odds, inner, outer, weight, interval, memory, x, t, condition
+):
+    t = jnp.asarray(t)
+    x0, memory = predict(memory, x, t, condition)
+
+    def correction():
+        gradient = jax.grad(lambda x: jnp.sum(_restated(log_odds, inner, outer, x, t, condition)))
+        alpha, sigma = outer.alpha(t), outer.sigma(t)
+        factor = weight * sigma**2 / jnp.where(alpha > 0, alpha, 1)
+        guides = alpha > 0 if interval is None else (alpha > 0) & _inside(interval, t)
+        return jnp.where(expand(guides, x), expand(factor, x) * gradient(x), 0).astype(x0.dtype)
+
+    if interval is None or t.ndim > 0:
+        return x0 + correction(), memory
+    nothing = lambda: jnp.zeros_like(x0)  # noqa: E731
+    return x0 + jax.lax.cond(_inside(interval, t), correction, nothing), memory
+
+
+def _restated(log_odds, inner, outer, x, t, condition):
+    """`log_odds` of a process `inner` at a point of the process `outer`."""
+    if inner != outer:
+        t, scale = same_noise_level(outer, inner, t)
+        x = expand(scale, x) * x
+    values = log_odds(x, jnp.broadcast_to(t, x.shape[:1]), condition)
+    if values.shape != x.shape[:1]:
+        raise ValueError(
+            f"log_odds must give one number for each of the {len(x)} examples, got shape "
+            f"{list(values.shape)}"
+        )
+    return values
+
+
+def _apply_discriminator(network, process, variables, x, t, condition):
+    scaled = expand(process.c_in(t), x) * x
+    return network.apply(variables, scaled, process.c_noise(t), condition).astype(x.dtype)
 
 
 def _evaluations(better, worse, interval, t):
