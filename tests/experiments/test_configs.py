@@ -92,7 +92,7 @@ def test_grid_of_a_round_at_full_size_keeps_its_shapes(name):
     )
     variables = jax.eval_shape(experiment.init, jax.random.key(0))
     state = jax.eval_shape(train.init, variables, jax.random.key(0))
-    parts = self_play.for_images(config, model, state)
+    parts = self_play.of_model(config, model, state)
     alpha, beta = config.alpha[:2], config.beta[:1] * 2
     train = make_train_step(
         parts.objective(alpha, beta, 20),
@@ -119,7 +119,7 @@ def test_rounds_of_an_unconditional_model_need_no_labels():
     model.data.num_classes = 0
     variables = jax.eval_shape(experiments.build(model).init, jax.random.key(0))
     state = TrainState(*[None] * 8).replace(constants={}, ema={"ema": variables["params"]})
-    objective = self_play.for_images(load("digits_ddo"), model, state).objective((1.0,), (1.0,), 1)
+    objective = self_play.of_model(load("digits_ddo"), model, state).objective((1.0,), (1.0,), 1)
     members = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), variables["params"]
     )
