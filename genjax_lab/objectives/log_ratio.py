@@ -87,7 +87,7 @@ def _frozen(reference: PyTree, members: PyTree) -> PyTree:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _stacked(log_likelihood, members, reference, args):
     values = jax.vmap(lambda weights: log_likelihood(weights, *args))(_stack(members, reference))
-    return values[:-1], values[-1]
+    return _separate(values)
 
 
 def _stacked_forward(log_likelihood, members, reference, args):
@@ -96,7 +96,7 @@ def _stacked_forward(log_likelihood, members, reference, args):
 
     # A pullback is a pytree of what the backward pass reads; the reference's part is dropped.
     values, pullbacks = jax.vmap(evaluate)(_stack(members, reference))
-    return (values[:-1], values[-1]), jax.tree.map(lambda leaf: leaf[:-1], pullbacks)
+    return _separate(values), jax.tree.map(lambda leaf: leaf[:-1], pullbacks)
 
 
 def _stacked_backward(log_likelihood, pullbacks, cotangents):
@@ -105,6 +105,13 @@ def _stacked_backward(log_likelihood, pullbacks, cotangents):
 
 
 _stacked.defvjp(_stacked_forward, _stacked_backward)
+
+
+def _separate(values: Array) -> tuple[Array, Array]:
+    # The condition is for the compiler: of two products w S, as a weighted sum ends with, it makes
+    # fma(w, S, -w S), the rounding error of the second in place of 0.
+    values = jnp.where(jnp.isnan(values), jnp.nan, values)
+    return values[:-1], values[-1]
 
 
 def _stack(members: PyTree, reference: PyTree) -> PyTree:

@@ -88,6 +88,21 @@ def test_a_ratio_stays_exactly_zero_inside_a_scan_of_training_steps():
     assert np.all(np.asarray(ratios) == 0)
 
 
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_weight_in_front_of_the_sum_leaves_no_rounding_error(differentiated):
+    """Products may be contracted with the difference, and be rounded on one side only."""
+    weights, _, x = trees()
+    scale = jnp.linspace(0.3, 0.7, len(x))
+
+    def ratio(weights):
+        return log_ratio(lambda w, x, scale: scale * quadratic(w, x), weights, weights, x, scale)
+
+    def of_sum(weights):
+        return jax.grad(lambda w: (jnp.sum(ratio(w)), ratio(w)), has_aux=True)(weights)[1]
+
+    assert np.all(np.asarray(jax.jit(of_sum if differentiated else ratio)(weights)) == 0)
+
+
 def quadratic(weights, x):
     return -jnp.sum((x * weights["a"] - weights["b"]) ** 2, axis=1)
 
