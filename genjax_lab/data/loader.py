@@ -301,7 +301,8 @@ def make_loader_from_arrays(
 
     Raises:
         ValueError: If an image is not finite, out of range or of a wrong type, naming the example;
-            if the arrays' lengths differ or are zero; if the numbers do not fit together.
+            if the arrays' lengths differ or are zero; if there are classes but no labels; if the
+            numbers do not fit together.
     """
     arrays = {key: np.asarray(value) for key, value in arrays.items()}
     if "image" not in arrays:
@@ -310,6 +311,11 @@ def make_loader_from_arrays(
     lengths = {key: value.shape[:1] for key, value in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"arrays must have equally many examples, got {lengths}.")
+    if num_classes and "label" not in arrays:
+        raise ValueError(
+            f"arrays must have an entry 'label' for num_classes={num_classes}, got "
+            f"{sorted(arrays)}; without classes pass num_classes=0."
+        )
     order = _make_order(
         num_examples,
         batch_size,

@@ -204,6 +204,8 @@ def test_arrays_without_labels_have_no_classes():
     loader = make_loader_from_arrays({"image": images_of(4)}, 4, 0)
     assert loader.info.num_classes == 0
     np.testing.assert_array_equal(next(loader)["label"], np.zeros(4))
+    with pytest.raises(ValueError, match=r"'label' for num_classes=3, got \['image'\]"):
+        make_loader_from_arrays({"image": images_of(4)}, 4, 0, num_classes=3)
 
 
 def test_latents_of_any_range_are_taken_when_asked_for():

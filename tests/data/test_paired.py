@@ -33,6 +33,29 @@ def test_its_place_can_be_restored():
             np.testing.assert_array_equal(a[name], b[name])
 
 
+def unlabelled(num, batch_size=4):
+    images = np.zeros((num, 2, 2, 1), np.uint8)
+    return make_loader_from_arrays({"image": images}, batch_size, 0, num_classes=0)
+
+
+def test_labels_are_of_both_or_are_missed_where_they_are_not():
+    """The label 0 that a loader without classes gives to all is no class of the other's."""
+    assert set(next(PairedLoader(unlabelled(9), unlabelled(7)))) == {"image", "fake_image"}
+    plain = PairedLoader(loader(255, 10), loader(0, 7), labels=False)
+    assert set(next(plain)) == {"image", "fake_image"}
+    missing = PairedLoader(loader(255, 10), unlabelled(7))
+    assert set(next(missing)) == {"image", "label", "fake_image"}
+    assert set(next(PairedLoader(loader(255, 10), unlabelled(7), labels=False))) == set(next(plain))
+    for real, fake, lacking in (
+        (loader(255, 10), unlabelled(7), "fake"),
+        (unlabelled(10), loader(0, 7), "real"),
+    ):
+        with pytest.raises(ValueError, match=f"{lacking} has no labels"):
+            PairedLoader(real, fake, labels=True)
+    with pytest.raises(ValueError, match="real has no labels"):
+        PairedLoader(unlabelled(10), loader(0, 7))
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="one size, got 4 and 5"):
         PairedLoader(loader(255, 10), loader(0, 7, batch_size=5))
