@@ -20,7 +20,10 @@ from jaxtyping import Int, Shaped
 
 FORMAT = "genjax_lab pool 1"
 _PART_SIZE = 4096
-Draw = Callable[[range], Iterable[tuple[Int[np.ndarray, "part"], Shaped[np.ndarray, "part ..."]]]]
+_Samples = Shaped[np.ndarray, "part ..."]
+Draw = Callable[
+    [range], Iterable[tuple[Int[np.ndarray, "part"], _Samples | Mapping[str, _Samples]]]
+]
 
 
 def draw_pool(
@@ -37,6 +40,7 @@ def draw_pool(
     Args:
         directory: where the pool lives; made if missing.
         draw: seeds -> (seeds, samples) in order, a function of the model and the seeds alone.
+            Samples are images, or a dict of "image" and what else belongs to a sample.
         seeds: the samples' seeds; a range of step 1.
         provenance: what decides the samples, as JSON values: a digest of the model's weights, the
             sampler and its settings.
@@ -44,11 +48,11 @@ def draw_pool(
         part_size: samples in one file; what a kill loses at most.
 
     Returns:
-        {"image": [num, ...], "label": [num] int32 where there are labels}.
+        {"image": [num, ...], what else `draw` gave, "label": [num] int32 where there are labels}.
 
     Raises:
-        ValueError: the directory holds a pool of another provenance, or damaged files; `draw` gives
-            other seeds than it was asked for.
+        ValueError: the directory holds a pool of another provenance, with other labels, or damaged
+            files; `draw` gives other seeds than it was asked for.
     """
     directory = Path(directory)
     if part_size < 1:
@@ -58,7 +62,9 @@ def draw_pool(
     expected = _described(provenance, seeds)
     if not (directory / "manifest.json").exists():
         _draw_parts(directory, draw, seeds, expected, label, part_size)
-    return read_pool(directory, seeds=seeds, provenance=provenance)
+    pool = read_pool(directory, seeds=seeds, provenance=provenance)
+    _require_labels(directory, pool.get("label"), label and np.asarray(label(seeds)))
+    return pool
 
 
 def read_pool(
@@ -91,6 +97,11 @@ def read_pool(
             expected = _described(provenance or {}, seeds or range(1))[name]
             _require_equal(directory, manifest[name], expected)
     parts = [_read_part(directory, part) for part in manifest["parts"]]
+    if len(entries := {tuple(sorted(part)) for part in parts}) > 1:
+        raise ValueError(
+            f"directory={str(directory)!r} holds files of different entries, {sorted(entries)}; "
+            "remove it"
+        )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -112,18 +123,18 @@ def _draw_parts(
     before = _read_json(begun)
     part_size = before.pop("part_size", part_size)  # the parts that are there stay
     _require_equal(directory, before, expected)
+    ranges = [
+        range(start, min(start + part_size, seeds.stop))
+        for start in range(seeds.start, seeds.stop, part_size)
+    ]
+    paths = [directory / f"samples_{part.start}.npz" for part in ranges]
+    # All processes draw the same parts: they look for them before any of them writes.
+    missing = {path for path in paths if not path.exists()}
+    _together("looked")
     parts = []
-    for start in range(seeds.start, seeds.stop, part_size):
-        part = range(start, min(start + part_size, seeds.stop))
-        path = directory / f"samples_{part.start}.npz"
-        if not path.exists():
-            drawn, samples = (np.concatenate(rows) for rows in zip(*draw(part), strict=True))
-            if not np.array_equal(drawn, part) or len(samples) != len(part):
-                raise ValueError(
-                    f"draw gave {len(samples)} samples of the seeds {drawn} where those of {part} "
-                    "were asked for"
-                )
-            arrays = {"image": samples}
+    for part, path in zip(ranges, paths, strict=True):
+        if path in missing:
+            arrays = _drawn(draw, part)
             if label is not None:
                 arrays["label"] = np.asarray(label(part), np.int32)
             if is_writer:
@@ -141,6 +152,21 @@ def _draw_parts(
     _together("manifest")
 
 
+def _drawn(draw: Draw, seeds: range) -> dict[str, np.ndarray]:
+    """The samples of a part by name."""
+    drawn, samples = zip(*draw(seeds), strict=True)
+    drawn = np.concatenate(drawn)
+    named = [part if isinstance(part, Mapping) else {"image": part} for part in samples]
+    arrays = {name: np.concatenate([part[name] for part in named]) for name in named[0]}
+    lengths = {name: len(rows) for name, rows in arrays.items()}
+    if not np.array_equal(drawn, seeds) or set(lengths.values()) != {len(seeds)}:
+        raise ValueError(
+            f"draw gave {lengths} samples of the seeds {drawn} where those of {seeds} were asked "
+            "for"
+        )
+    return arrays
+
+
 def _described(provenance: Mapping[str, Any], seeds: range) -> dict[str, Any]:
     # Through JSON, so that tuples and lists compare as they are stored.
     return json.loads(
@@ -153,6 +179,18 @@ def _require_equal(directory: Path, found: Any, expected: Any) -> None:
         raise ValueError(
             f"directory={str(directory)!r} holds samples of another origin, {json.dumps(found)}, "
             f"than expected, {json.dumps(expected)}; use another directory, or remove it"
+        )
+
+
+def _require_labels(directory: Path, found: np.ndarray | None, expected: np.ndarray | None) -> None:
+    if found is None and expected is None:
+        return
+    if found is None or expected is None or not np.array_equal(found, expected):
+        kind = "without labels" if found is None else "with labels"
+        wanted = "without" if expected is None else "with the labels that `label` gives"
+        raise ValueError(
+            f"directory={str(directory)!r} holds samples {kind}, and samples {wanted} were asked "
+            "for; use another directory, or remove it"
         )
 
 

@@ -87,7 +87,7 @@ class Checkpoints:
 
         Args:
             step: the optimiser steps taken.
-            state: the train state.
+            state: the train state; arrays that are not of all processes must be equal in each.
             iterator_state: this process's position in the data, as JSON values.
             metrics: the evaluation's metrics at this step, if there was one.
             log: the state of the log.
@@ -103,7 +103,7 @@ class Checkpoints:
                 f"config.best_metric={best!r} is not a metric of the evaluation, which gives "
                 f"{sorted(metrics)}"
             )
-        tree = to_tree(state)
+        tree = _writable(to_tree(state))
         meta = {
             "format": FORMAT,
             "config": self._config,
@@ -206,6 +206,17 @@ def to_tree(state: TrainState) -> dict[str, PyTree]:
     else:
         tree["key"] = jax.random.key_data(state.key)
     return tree
+
+
+def _writable(tree: PyTree) -> PyTree:
+    """The tree with arrays that each of several processes has for itself, all alike, as numpy."""
+
+    def own(leaf):
+        return isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if own(leaf) else leaf, tree)
 
 
 def _gather(iterator_state: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ The directory of a run holds
 
     checkpoints/r     the model after round r, r = 0 being the pretrained one: what `evaluate.py`
                       and `sample.py` read
-    round_r/pool      the samples of the reference, with their provenance
+    round_r/pool      the samples of the reference, with their provenance, unless they are drawn
+                      within the training steps
     round_r/grid      the training run of the grid, as `train` leaves it
     round_r/result.json  the score of every member at every checkpoint, and what was chosen
 
@@ -57,26 +58,29 @@ class SelfPlay(NamedTuple):
 
     Attributes:
         variables: the pretrained linen variables, of the average that is sampled from.
-        draw: `(variables, seeds) -> iterable of (seeds, samples)`, samples as the data are stored.
+        draw: `(variables, seeds) -> iterable of (seeds, samples)`, samples as the data are stored;
+            see `draw_pool`. None where the objective draws samples of the reference itself: then
+            there is no pool.
         label: seeds -> the classes that `draw` draws them for; None for an unconditional model.
         provenance: what beside the weights and seeds decides the samples, as JSON values.
         objective: `(alpha, beta, round) -> objective` of the grid's members, one entry of `alpha`
             and `beta` for each: parameters have a leading axis of members, the collection
             "reference" holds the reference's variables, batches have "fake_" entries.
         optimizer: made anew for every round.
-        batches: `(pool, seed) -> iterator` over the real data and the pool side by side.
+        batches: `(pool, seed) -> iterator` over the real data and the pool side by side; over the
+            real data alone where `pool` is None.
         score: `(variables, seeds) -> {metric: value}` of samples drawn for these seeds; infinite
             for a model that has diverged.
         project: see `make_train_step`, for one member.
     """
 
     variables: Variables
-    draw: Callable[[Variables, range], Iterable[tuple[np.ndarray, np.ndarray]]]
+    draw: Callable[[Variables, range], Iterable[tuple[np.ndarray, Any]]] | None
     label: Callable[[range], np.ndarray] | None
     provenance: Mapping[str, Any]
     objective: Callable[[Sequence[float], Sequence[float], int], Objective]
     optimizer: Callable[[], optax.GradientTransformation]
-    batches: Callable[[Mapping[str, np.ndarray], int], BatchIterator]
+    batches: Callable[[Mapping[str, np.ndarray] | None, int], BatchIterator]
     score: Callable[[Variables, range], Mapping[str, float]]
     project: Callable[[PyTree], PyTree] | None = None
 
@@ -289,13 +293,15 @@ def _train_members(
         reference = {**reference, "params": projected}
     first = _FIRST_POOL_SEED + (index - 1) * config["num_fakes"]
     origin = {"model": tree_digest(reference), **self_play.provenance}
-    pool = draw_pool(
-        directory / "pool",
-        lambda seeds: self_play.draw(reference, seeds),
-        seeds=range(first, first + config["num_fakes"]),
-        provenance=origin,
-        label=self_play.label,
-    )
+    pool = None
+    if self_play.draw is not None:
+        pool = draw_pool(
+            directory / "pool",
+            lambda seeds: self_play.draw(reference, seeds),
+            seeds=range(first, first + config["num_fakes"]),
+            provenance=origin,
+            label=self_play.label,
+        )
     seed = int(np.random.SeedSequence([config["seed"], index]).generate_state(1)[0])
     experiment = Experiment(
         init=lambda key: {**reference, "params": copies, "reference": reference},
@@ -343,8 +349,9 @@ def _calibrated_beta(
         }
         within = (of["real_std"] ** 2 + of["fake_std"] ** 2) / 2
         deviation = math.sqrt(within + (of["real_mean"] - of["fake_mean"]) ** 2 / 4)
-    if jax.process_count() > 1:
-        deviation = float(multihost_utils.broadcast_one_to_all(np.float32(deviation)))
+    if jax.process_count() > 1:  # as bits, or in float32 it would not be the beta of one process
+        bits = multihost_utils.broadcast_one_to_all(np.array([deviation]).view(np.uint32))
+        deviation = float(np.asarray(bits).view(np.float64)[0])
     if not deviation:
         raise ValueError(
             f"config.probe_steps={steps} steps left the log-ratios at {deviation}; a longer probe "

@@ -25,15 +25,13 @@ def drawer(calls=None, fail_at=None):
     return draw
 
 
-def draw_into(directory, draw=None, seeds=range(100, 160), provenance=ORIGIN, part_size=25):
-    return draw_pool(
-        directory,
-        draw or drawer(),
-        seeds=seeds,
-        provenance=provenance,
-        label=lambda seeds: np.arange(seeds.start, seeds.stop) % 3,
-        part_size=part_size,
-    )
+def by_threes(seeds):
+    return np.arange(seeds.start, seeds.stop) % 3
+
+
+def draw_into(directory, draw=None, **changes):
+    options = {"seeds": range(100, 160), "provenance": ORIGIN, "part_size": 25, "label": by_threes}
+    return draw_pool(directory, draw or drawer(), **(options | changes))
 
 
 def test_a_pool_holds_the_samples_of_its_seeds_in_order(tmp_path):
@@ -69,6 +67,21 @@ def test_a_pool_of_another_origin_is_refused(tmp_path, change, interrupted):
         draw_into(tmp_path)
     with pytest.raises(ValueError, match="another origin"):
         draw_into(tmp_path, **change)
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(by_threes, None), (None, by_threes), (by_threes, lambda seeds: by_threes(seeds) + 1)],
+)
+def test_a_pool_of_other_labels_is_refused(tmp_path, before, after, interrupted):
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            draw_into(tmp_path, drawer(fail_at=140), label=before)
+    else:
+        assert ("label" in draw_into(tmp_path, label=before)) == (before is not None)
+    with pytest.raises(ValueError, match=r"holds (samples with|files of different entries)"):
+        draw_into(tmp_path, label=after)
 
 
 def test_another_size_of_parts_changes_nothing(tmp_path):
