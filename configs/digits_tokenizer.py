@@ -1,6 +1,6 @@
 """Digits: a tokenizer of 21 tokens on scales 1, 2 and 4, the first stage of `digits_var.py`.
 
-    python -m experiments.train --config=configs/digits_tokenizer.py --workdir=runs/digits_tokenizer
+python -m experiments.train --config=configs/digits_tokenizer.py --workdir=runs/digits_tokenizer
 """
 
 import ml_collections

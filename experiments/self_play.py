@@ -98,8 +98,9 @@ def of_model(
       model: of the model's run.
       state: the model's state; its average `model.evaluation.ema` is the pretrained model.
     """
+    fields = config.to_dict()
     for domain, kind in _KINDS.items():
-        changed = [name for name, value in kind.DEFAULTS.items() if config[name] != value]
+        changed = [name for name, value in kind.DEFAULTS.items() if fields[name] != value]
         if domain != model.domain and changed:
             raise ValueError(f"config has {changed}, which are for models of {domain!r} only")
     tuning = _KINDS[model.domain].build(config, model)

@@ -53,7 +53,10 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
     """
     source = model.copy_and_resolve_references()
     source.sampler = {
-        **{"cfg": 0.0, "temperature": config.fake_temperature, "top_k": 0, "top_p": 0.0},
+        "cfg": 0.0,
+        "temperature": config.fake_temperature,
+        "top_k": 0,
+        "top_p": 0.0,
     }
     codec = next_scale.Codec(next_scale.tokenizer_of(model))
     network = next_scale.make_network(model, codec)
@@ -105,6 +108,11 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
     )
 
 
+def max_value_of(model: ml_collections.ConfigDict) -> int:
+    """The largest pixel value of a model's data."""
+    return data.dataset_info(model.data.name, model.data.get("data_dir")).max_value
+
+
 def to_levels(images: Float[Array, "..."], max_value: int) -> Float[Array, "..."]:
     """Images with the data's levels, floats again: `data.quantize` and `dequantize` as one."""
     half = np.float32(max_value / 2)
@@ -129,7 +137,7 @@ def _fake_tokens(config, source, network, codec, reference, batch, key) -> Int[A
     if config.fake_roundtrip:
         # A reference that is finite draws codes only.
         images = codec.decode(tokenizer, tokens)
-        images = to_levels(images, data.dataset_info(source.data.name).max_value)
+        images = to_levels(images, max_value_of(source))
         tokens = codec.encode(tokenizer, images)
     return jax.lax.stop_gradient(tokens)
 

@@ -134,9 +134,7 @@ def _draw_parts(
     parts = []
     for part, path in zip(ranges, paths, strict=True):
         if path in missing:
-            arrays = _drawn(draw, part)
-            if label is not None:
-                arrays["label"] = np.asarray(label(part), np.int32)
+            arrays = _drawn(draw, label, part)
             if is_writer:
                 _write_arrays(path, arrays)
             _together(path.name)
@@ -152,17 +150,21 @@ def _draw_parts(
     _together("manifest")
 
 
-def _drawn(draw: Draw, seeds: range) -> dict[str, np.ndarray]:
-    """The samples of a part by name."""
+def _drawn(
+    draw: Draw, label: Callable[[range], np.ndarray] | None, seeds: range
+) -> dict[str, np.ndarray]:
+    """The samples of a part by name, with their labels."""
     drawn, samples = zip(*draw(seeds), strict=True)
     drawn = np.concatenate(drawn)
     named = [part if isinstance(part, Mapping) else {"image": part} for part in samples]
     arrays = {name: np.concatenate([part[name] for part in named]) for name in named[0]}
+    if label is not None:
+        arrays["label"] = np.asarray(label(seeds), np.int32)
     lengths = {name: len(rows) for name, rows in arrays.items()}
     if not np.array_equal(drawn, seeds) or set(lengths.values()) != {len(seeds)}:
         raise ValueError(
-            f"draw gave {lengths} samples of the seeds {drawn} where those of {seeds} were asked "
-            "for"
+            f"draw and label gave {lengths} rows, for the seeds {drawn}, where those of {seeds} "
+            "were asked for"
         )
     return arrays
 

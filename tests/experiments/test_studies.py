@@ -15,7 +15,11 @@ def start(module, *arguments):
     subprocess.run(
         [sys.executable, "-m", f"experiments.{module}", *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_PLATFORMS": "cpu",
+        },
         check=True,
         timeout=900,
     )
