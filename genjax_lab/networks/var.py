@@ -12,7 +12,6 @@ its mask and its cache belong to the model. Left out: stochastic depth, and the 
 the 512 x 512 model shares among its blocks.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,13 +28,10 @@ from genjax_lab.networks.multi_scale_quantizer import (
     MultiScaleQuantizer,
     scale_bounds,
 )
+from genjax_lab.networks.var_block import VARBlock, dense, initial_std, layer_norm
 
 # Depths of arXiv 2404.02905; the width is 64 depth, in heads of 64.
 _DEPTHS = {"d16": 16, "d20": 20, "d24": 24, "d30": 30}
-
-# Learned scales of normalised queries, exp of a parameter, start at 4 and stay below 100.
-_INITIAL_LOG_SCALE = math.log(4.0)
-_MAX_LOG_SCALE = math.log(100.0)
 
 
 def block_causal_mask(patch_nums: Sequence[int]) -> Bool[np.ndarray, "L L"]:
@@ -77,92 +73,6 @@ class ScaleCache(NamedTuple):
 
     keys: Float[Array, "batch depth past heads head_dim"]
     values: Float[Array, "batch depth past heads head_dim"]
-
-
-class VARBlock(nn.Module):
-    """Transformer block whose norms and residual branches are conditioned on the class.
-
-    Attributes:
-        num_heads: number of attention heads, a divisor of the width.
-        mlp_ratio: width of the hidden layer in units of the tokens' width.
-        normalize: normalise queries and keys, and scale the former per head by a learned factor.
-        depth: number of blocks of the network, which scales the initial residual branches.
-        dtype: dtype of the computation.
-    """
-
-    num_heads: int
-    mlp_ratio: float = 4.0
-    normalize: bool = True
-    depth: int = 1
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch tokens features"],
-        condition: Float[Array, "batch features"],
-        mask: Bool[Array, "tokens tokens"] | None = None,
-        past: tuple[Array, Array] | None = None,
-    ) -> tuple[Float[Array, "batch tokens features"], tuple[Array, Array]]:
-        """Apply the block.
-
-        Args:
-            x: tokens.
-            condition: embedding of the class.
-            mask: which token sees which; all see all if None.
-            past: keys and values [batch, past tokens, heads, head_dim] that all tokens see too.
-
-        Returns:
-            The tokens, and their own keys and values.
-        """
-        features = x.shape[-1]
-        std = _initial_std(features)
-        normal, branch_init = (
-            nn.initializers.normal(std / share) for share in (1, math.sqrt(2 * self.depth))
-        )
-        modulation = _dense(6 * features, self.dtype, "adaln", _adaln_init(std))(nn.silu(condition))
-        gate_a, gate_m, scale_a, scale_m, shift_a, shift_m = jnp.split(
-            modulation[:, None, :], 6, axis=-1
-        )
-
-        y = _layer_norm(self.dtype, "norm1")(x) * (1 + scale_a) + shift_a
-        query, key, value = self._queries_keys_values(y, normal)
-        own = (key, value)
-        if past is not None:
-            key, value = (jnp.concatenate(pair, axis=1) for pair in zip(past, own, strict=True))
-        scale = 1.0 if self.normalize else 0.25 / math.sqrt(features // self.num_heads)
-        y = _attend(query, key, value, scale, mask).reshape(x.shape)
-        x = x + gate_a * _dense(features, self.dtype, "proj", branch_init)(y)
-
-        y = _layer_norm(self.dtype, "norm2")(x) * (1 + scale_m) + shift_m
-        hidden = _dense(round(self.mlp_ratio * features), self.dtype, "mlp_in", normal)(y)
-        y = _dense(features, self.dtype, "mlp_out", branch_init)(nn.gelu(hidden, approximate=True))
-        return x + gate_m * y, own
-
-    def _queries_keys_values(
-        self, y: Array, kernel_init: nn.initializers.Initializer
-    ) -> tuple[Array, Array, Array]:
-        """Project; queries and values have a bias, keys have none."""
-        batch, tokens, features = y.shape
-        heads = (batch, tokens, self.num_heads, features // self.num_heads)
-        qkv = nn.Dense(
-            3 * features,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=kernel_init,
-            name="qkv",
-        )(y)
-        query, key, value = jnp.split(qkv, 3, axis=-1)
-        query += self.param("q_bias", nn.initializers.zeros, (features,)).astype(query.dtype)
-        value += self.param("v_bias", nn.initializers.zeros, (features,)).astype(value.dtype)
-        query, key, value = (part.reshape(heads) for part in (query, key, value))
-        if self.normalize:
-            log_scale = self.param(
-                "log_scale", nn.initializers.constant(_INITIAL_LOG_SCALE), (self.num_heads,)
-            )
-            factor = jnp.exp(jnp.minimum(log_scale, _MAX_LOG_SCALE))[:, None]
-            query, key = _unit(query) * factor.astype(query.dtype), _unit(key)
-        return query, key, value
 
 
 class VAR(nn.Module):
@@ -305,7 +215,7 @@ class VAR(nn.Module):
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Logits of the tokens within bounds and, where a past is given, their keys and values."""
         self._check_attributes()
-        width, std = self.width, _initial_std(self.width)
+        width, std = self.width, initial_std(self.width)
         first, (start, end) = self.patch_nums[0] ** 2, bounds
         normal = nn.initializers.normal(std)
         classes = self.param("class_embedding", normal, (self.num_classes + 1, width))
@@ -316,7 +226,7 @@ class VAR(nn.Module):
         # A label that is foreign to the table becomes NaN rather than another class.
         lookup = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
         condition = jnp.asarray(classes).at[labels].get(**lookup)
-        tokens = _dense(width, jnp.float32, "word_embedding", normal)(inputs)
+        tokens = dense(width, jnp.float32, "word_embedding", normal)(inputs)
         if start == 0:
             tokens = jnp.concatenate([condition[:, None] + start_positions, tokens], axis=1)
         tokens += (levels[_levels(self.patch_nums)] + positions)[start:end]
@@ -324,13 +234,13 @@ class VAR(nn.Module):
         tokens, own = self._blocks(tokens.astype(self.dtype), condition, mask, past)
 
         tokens = tokens.astype(jnp.float32)
-        modulation = _dense(
+        modulation = dense(
             2 * width, jnp.float32, "final_adaln", nn.initializers.normal(0.5 * std)
         )(nn.silu(condition))
         scale, shift = jnp.split(modulation[:, None, :], 2, axis=-1)
-        tokens = _layer_norm(jnp.float32, "final_norm")(tokens) * (1 + scale) + shift
+        tokens = layer_norm(jnp.float32, "final_norm")(tokens) * (1 + scale) + shift
         head_init = nn.initializers.normal(0.02 * std)
-        return _dense(self.vocab_size, jnp.float32, "head", head_init)(tokens), own
+        return dense(self.vocab_size, jnp.float32, "head", head_init)(tokens), own
 
     def _blocks(self, tokens, condition, mask, past):
         """Apply all blocks, one after the other or scanned."""
@@ -437,48 +347,6 @@ def _levels(patch_nums: Sequence[int]) -> np.ndarray:
     """Scale of every token."""
     counts = [end - start for start, end in scale_bounds(patch_nums)]
     return np.repeat(np.arange(len(counts)), counts)
-
-
-def _attend(query: Array, key: Array, value: Array, scale: float, mask: Array | None) -> Array:
-    """Scaled dot-product attention with logits and softmax in float32."""
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    logits = logits * scale
-    if mask is not None:
-        logits = jnp.where(mask, logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
-
-def _unit(x: Array) -> Array:
-    """Normalise the last axis; a zero vector, whose norm has no gradient, stays what it is."""
-    squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return (x * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))).astype(x.dtype)
-
-
-def _initial_std(width: int) -> float:
-    """Deviation of all initial weights; the original's cut at +-2 lies beyond 30 of them."""
-    return math.sqrt(1 / (3 * width))
-
-
-def _adaln_init(std: float) -> nn.initializers.Initializer:
-    """Residual branches start nearly closed, their scales and shifts at half of the usual."""
-
-    def init(key, shape, dtype=jnp.float32):
-        weights = nn.initializers.normal(std)(key, shape, dtype)
-        return weights * jnp.where(jnp.arange(shape[-1]) < shape[-1] // 3, 1e-5, 0.5)
-
-    return init
-
-
-def _dense(
-    features: int, dtype: DTypeLike, name: str, kernel_init: nn.initializers.Initializer
-) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
-
-
-def _layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    """Make a layer norm without parameters, since the conditioning supplies them."""
-    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype, name=name)
 
 
 def var_imagenet(size: str, **overrides: Any) -> VAR:
