@@ -22,16 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(
         {"name": "cifar10", "split": "train", "image_shape": (32, 32, 3), "num_classes": 10}
     )
-    config.network = {
-        "name": "SongUNet",
-        "resolution": 32,
-        "model_channels": 128,
-        "channel_mult": (2, 2, 2),
-        "num_blocks": 4,
-        "attn_resolutions": (16,),
-        "augment_dim": 9,
-        "dropout": 0.13,
-    }
+    config.network = {"name": "ddpmpp_cifar10", "augment_dim": 9, "dropout": 0.13}
     config.augmentation = 0.12
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 10_000_000 // BATCH})
     config.batch_size = BATCH

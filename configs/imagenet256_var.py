@@ -26,14 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
         }
     )
     config.tokenizer.name = "var_tokenizer"
-    config.network = {
-        "name": "VAR",
-        "width": 1024,
-        "depth": 16,
-        "num_heads": 16,
-        "scan": True,
-        "remat": True,
-    }
+    config.network = {"name": "var_imagenet", "size": "d16", "scan": True, "remat": True}
     config.batch_size = 768
     config.num_steps = 200 * 1_281_167 // config.batch_size
     # 1e-4 for every 256 rows. The published schedule falls linearly in the end, this one does not.

@@ -29,13 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
         }
     )
     config.process = {"name": "edm", "log_sigma_mean": -0.4, "log_sigma_std": 1.0}
-    config.network = {
-        "name": "EDM2UNet",
-        "resolution": 64,
-        "model_channels": 192,
-        "dtype": "bfloat16",
-        "remat": True,
-    }
+    config.network = {"name": "edm2_imagenet", "size": "S", "dtype": "bfloat16", "remat": True}
     config.optimizer.update(
         {
             "learning_rate": 1e-2,

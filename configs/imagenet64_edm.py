@@ -30,12 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
         }
     )
     config.network = {
-        "name": "DhariwalUNet",
-        "resolution": 64,
-        "model_channels": 192,
-        "channel_mult": (1, 2, 3, 4),
-        "num_blocks": 3,
-        "attn_resolutions": (32, 16, 8),
+        "name": "adm_imagenet64",
         "dropout": 0.10,
         "dtype": "bfloat16",
         "remat": True,
