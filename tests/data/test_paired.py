@@ -22,6 +22,14 @@ def test_batches_hold_as_many_samples_as_data_with_their_own_labels():
     assert not np.array_equal(batch["label"], batch["fake_label"])
 
 
+def test_both_go_on_from_batch_to_batch():
+    pair = PairedLoader(loader(255, 10), loader(0, 7, seed=1))
+    for step in range(3):
+        batch = next(pair)
+        np.testing.assert_array_equal(batch["label"], loader(255, 10)[step]["label"])
+        np.testing.assert_array_equal(batch["fake_label"], loader(0, 7, seed=1)[step]["label"])
+
+
 def test_its_place_can_be_restored():
     one, two = (PairedLoader(loader(255, 10), loader(0, 7, seed=1)) for _ in range(2))
     for _ in range(5):

@@ -91,10 +91,43 @@ def test_another_size_of_parts_changes_nothing(tmp_path):
     np.testing.assert_array_equal(pool["image"][:, 0, 0, 0], np.arange(100, 160) % 251)
 
 
-@pytest.mark.parametrize("given", [range(100, 159), range(101, 161)])
-def test_samples_of_other_seeds_are_refused(tmp_path, given):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda seeds, rows: (seeds[:-1], rows[:-1]),
+        lambda seeds, rows: (seeds + 1, rows),
+        lambda seeds, rows: (seeds, rows[:-1]),
+        lambda seeds, rows: (seeds, {"image": rows, "weight": np.ones(len(rows) - 1)}),
+    ],
+)
+def test_samples_of_other_seeds_are_refused(tmp_path, change):
+    def draw(seeds):
+        return (change(*part) for part in drawer()(seeds))
+
     with pytest.raises(ValueError, match="were asked for"):
-        draw_into(tmp_path, lambda seeds: drawer()(given))
+        draw_into(tmp_path, draw)
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_labels_are_as_many_as_samples(tmp_path):
+    with pytest.raises(ValueError, match=r"'label': 24} rows"):
+        draw_into(tmp_path, label=lambda seeds: by_threes(seeds)[:-1])
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_part_whose_writing_was_interrupted_is_no_part(tmp_path, monkeypatch):
+    write = np.savez
+
+    def stop_halfway(file, **arrays):
+        write(file, **arrays)
+        file.truncate(file.tell() // 2)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", stop_halfway)
+        with pytest.raises(KeyboardInterrupt):
+            draw_into(tmp_path)
+    np.testing.assert_array_equal(draw_into(tmp_path)["image"][:, 0, 0, 0], np.arange(100, 160))
 
 
 def test_damage_is_noticed(tmp_path):
@@ -107,7 +140,14 @@ def test_damage_is_noticed(tmp_path):
     part.unlink()
     with pytest.raises(ValueError, match=r"samples_125\.npz is missing or was changed"):
         draw_into(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("pool 1", "pool 0"))
+    with pytest.raises(ValueError, match="does not say 'genjax_lab pool 1'"):
+        read_pool(tmp_path)
+    manifest.write_text(manifest.read_text().replace("pool 0", "pool 1").replace(": 25", ": 24"))
+    with pytest.raises(ValueError, match="should hold 24 samples"):
+        read_pool(tmp_path)
+    manifest.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         read_pool(tmp_path)
 

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from tiny_self_play import MODEL_CONFIG, TRUE_MEAN, config, deviation, gaussian
 
-from genjax_lab.training import read_metrics, restore, run_round, run_self_play, self_play
+from genjax_lab.data import read_pool
+from genjax_lab.training import (
+    read_metrics,
+    restore,
+    restore_config,
+    run_round,
+    run_self_play,
+    self_play,
+)
 from genjax_lab.training.checkpoint import checkpoint_steps
 
 
@@ -24,6 +32,10 @@ def play(workdir, model=None, **changes):
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     return workdir, play(workdir)
+
+
+def by_threes(seeds):
+    return np.arange(seeds.start, seeds.stop) % 3
 
 
 def same(a, b):
@@ -52,6 +64,41 @@ def test_a_round_keeps_the_best_member_at_its_best_step(finished):
     assert restore(workdir, 1).metrics["error"] == result["fresh"]
 
 
+def test_a_round_takes_the_average_that_scored_best(tmp_path):
+    """Neither the last nor the first, not the weights themselves, and all that belongs to them."""
+    model = gaussian()
+    reference = model.variables | {"buffers": {"scale": np.ones(2, np.float32)}}
+    values, scored = iter([5.0, 4.0, np.nan, 1.0, 2.0, 3.0, 7.5]), []
+    rounds = []
+
+    def score(variables, seeds):
+        scored.append((jax.device_get(variables), seeds))
+        return {"error": next(values)}
+
+    def objective(alpha, beta, index):
+        rounds.append(index)
+        return model.objective(alpha, beta, index)
+
+    play = model._replace(score=score, label=by_threes, objective=objective)
+    result = run_round(play, reference, directory=tmp_path, config=config(), index=3)
+    assert set(rounds) == {3}
+    assert (result.step, result.alpha, result.selection, result.fresh) == (8, 4.0, 1.0, 7.5)
+    same(result.variables, scored[3][0])
+    same(result.variables, scored[6][0])
+    same(result.variables["buffers"], reference["buffers"])
+    assert set(result.variables) == {"params", "buffers"}
+    stored = restore(tmp_path / "grid", 8).state
+    same(result.variables["params"]["mean"], stored.ema["ema"]["mean"][1])
+    assert np.all(stored.ema["ema"]["mean"][1] != stored.params["mean"][1])
+    # Samples to choose by, to report by and to learn from are all different ones.
+    assert [seeds for _, seeds in scored] == [range(50)] * 6 + [range(50, 100)]
+    first, stop = json.loads((tmp_path / "pool/manifest.json").read_text())["seeds"]
+    assert first == 2**31 + 2 * 64
+    np.testing.assert_array_equal(
+        read_pool(tmp_path / "pool")["label"], by_threes(range(first, stop))
+    )
+
+
 def test_each_round_learns_against_the_samples_of_the_one_before(finished):
     workdir, _ = finished
     pools = [
@@ -64,6 +111,8 @@ def test_each_round_learns_against_the_samples_of_the_one_before(finished):
     assert [pool["provenance"]["model"] for pool in pools] == references
     reference = restore(workdir / "round_2/grid").state.constants["reference"]
     same(reference, restore(workdir, 1).state.variables())
+    seeds = [restore_config(workdir / f"round_{index}/grid")["seed"] for index in (1, 2)]
+    assert seeds[0] != seeds[1]
 
 
 def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
@@ -95,6 +144,11 @@ def test_beta_is_calibrated_by_a_probe(tmp_path):
     assert beta == pytest.approx(1 / deviation(row))
     assert restore(tmp_path, 1).log["beta"] == [beta]
     assert 0.1 < beta < 100
+    assert restore_config(tmp_path / "round_1/probe")["members"] == [[1.0, 1.0]]
+    # Once for all rounds, in another launch too.
+    play(tmp_path, beta=(), rounds=2)
+    assert not (tmp_path / "round_2/probe").exists()
+    assert json.loads((tmp_path / "round_2/result.json").read_text())["beta"] == beta
 
 
 def test_a_foreign_pool_is_refused(tmp_path):
@@ -103,6 +157,13 @@ def test_a_foreign_pool_is_refused(tmp_path):
     moved = jax.tree.map(lambda leaf: leaf + 1, reference)
     with pytest.raises(ValueError, match="another origin"):
         run_round(gaussian(), moved, directory=tmp_path, config=config())
+    other = gaussian()._replace(provenance={"sampler": "another"})
+    with pytest.raises(ValueError, match="another origin"):
+        run_round(other, reference, directory=tmp_path, config=config())
+    # Without a pool it is the training run that knows whose samples it learns from.
+    model = gaussian()._replace(draw=None)
+    with pytest.raises(ValueError, match=r"origin\.model"):
+        run_round(model, moved, directory=tmp_path, config=config())
 
 
 def test_other_weights_and_other_settings_are_refused(tmp_path):
