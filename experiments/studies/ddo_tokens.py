@@ -52,6 +52,8 @@ _STEPS = flags.DEFINE_integer("num_steps", 2_000, "Steps of pretraining.", lower
 _ROUND_STEPS = flags.DEFINE_integer("round_steps", 100, "Steps of a round.", lower_bound=4)
 _SAMPLES = flags.DEFINE_integer("num_samples", 4_000, "Samples behind each distance.")
 _VARIANTS = flags.DEFINE_list("variants", None, "Kinds of samples; default all.")
+_RATES = flags.DEFINE_list("learning_rates", ["3e-4", "1e-3"], "Learning rates to choose from.")
+_GUIDANCE = flags.DEFINE_list("guidance", ["0.25", "0.5", "1"], "Scales of guidance beside none.")
 
 VARIANTS = {
     "exact": {"fake_roundtrip": False},
@@ -60,8 +62,6 @@ VARIANTS = {
     "hot roundtrip": {"fake_roundtrip": True, "fake_temperature": 1.2},
 }
 ALPHAS = (1.0, 4.0)
-LEARNING_RATES = (3e-4, 1e-3)
-GUIDANCE = (0.25, 0.5, 1.0)
 
 
 class Model:
@@ -88,8 +88,8 @@ class Model:
 
     def judged(self, variables: Mapping[str, Any], choice: str = "") -> dict[str, Any]:
         """Distances without guidance and with the best of some, on fresh seeds."""
-        first = self.settings["num_samples"]
-        by_scale = {cfg: self.distance(variables, cfg=cfg) for cfg in (0.0, *GUIDANCE)}
+        first, scales = self.settings["num_samples"], map(float, _GUIDANCE.value)
+        by_scale = {cfg: self.distance(variables, cfg=cfg) for cfg in (0.0, *scales)}
         best = min(by_scale, key=by_scale.get)
         return {
             "choice": choice,
@@ -115,7 +115,7 @@ def _pretraining(seed: int, num_steps: int) -> Any:
 def play(model: Model, workdir: Path, rounds: int, **changes: Any) -> dict[str, Any]:
     """Rounds over the grid of alphas, for each learning rate; the better of them."""
     runs = []
-    for rate in LEARNING_RATES:
+    for rate in map(float, _RATES.value):
         config = digits_var_ddo.get_config()
         config.base, config.rounds = str(model.directory), rounds
         config.num_steps = model.settings["round_steps"]
@@ -145,7 +145,7 @@ def continued(model: Model, workdir: Path, rounds: int) -> dict[str, Any]:
     """As many steps of maximum likelihood with twice the batch; the best rate and checkpoint."""
     steps = rounds * model.settings["round_steps"]
     candidates = {}
-    for rate in LEARNING_RATES:
+    for rate in map(float, _RATES.value):
         config = _pretraining(model.config.seed, steps)
         config.tokenizer.run = model.config.tokenizer.run
         config.batch_size *= 2
@@ -224,7 +224,7 @@ def run_seed(
     for name in _VARIANTS.value or VARIANTS:
         changes, folder = VARIANTS[name], workdir / name.replace(" ", "_")
         row[name] = play(model, folder, rounds, **changes)
-        pool = folder / f"rate{LEARNING_RATES[0]}" / "round_1/pool"
+        pool = folder / f"rate{float(_RATES.value[0])}" / "round_1/pool"
         row[name]["start_ratio"] = start_ratio(model, pool, changes["fake_roundtrip"])
     return row
 

@@ -54,6 +54,20 @@ def test_ddo_study_compares_every_alternative(tmp_path):
     assert (tmp_path / "ddo.png").stat().st_size > 10_000
 
 
+def test_token_study_compares_every_alternative(tmp_path):
+    start(
+        "studies.ddo_tokens",
+        *("--seeds=1", "--rounds=1", "--num_steps=50", "--round_steps=4", "--num_samples=60"),
+        *("--variants=hot roundtrip", "--learning_rates=1e-3", "--guidance="),
+        *(f"--out={tmp_path}", f"--workdir={tmp_path}/runs"),
+    )
+    table = json.loads((tmp_path / "ddo_tokens.json").read_text())["summary"]["table"]
+    assert set(table) == {"base", "continued_mle", "hot roundtrip"}
+    assert all(row["fresh"] > 0 and row["nll"] > 0 for row in table.values())
+    assert table["hot roundtrip"]["start_ratio"] > 0
+    assert (tmp_path / "ddo_tokens.png").stat().st_size > 10_000
+
+
 def test_tabular_study_reaches_both_optima(tmp_path):
     start("studies.ddo_tabular", "--num_steps=1000", f"--out={tmp_path}")
     table = json.loads((tmp_path / "ddo_tabular.json").read_text())["table"]
