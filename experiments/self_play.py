@@ -125,7 +125,7 @@ def of_model(
             value_range=None,
             **shard,
         )
-        return data.PairedLoader(real, fake)
+        return data.PairedLoader(real, fake, labels=bool(num_classes))
 
     def score(variables, seeds):
         try:

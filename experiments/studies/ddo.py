@@ -49,10 +49,9 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/study_ddo", "Where the models go
 _STEPS = flags.DEFINE_integer("num_steps", 10_000, "Steps of pretraining.", lower_bound=100)
 _ROUND_STEPS = flags.DEFINE_integer("round_steps", 300, "Steps of a round.", lower_bound=50)
 _SAMPLES = flags.DEFINE_integer("num_samples", 8_000, "Samples behind each distance.")
-
-LEARNING_RATES = (3e-4, 1e-3)
-GAINS = (0.25, 0.5, 1.0, 2.0)
-GUIDANCE = (1.25, 1.5, 2.0, 3.0)
+_RATES = flags.DEFINE_list("learning_rates", ["3e-4", "1e-3"], "Of continued training.")
+_GAINS = flags.DEFINE_list("gains", ["0.25", "0.5", "1", "2"], "Of extrapolation.")
+_SCALES = flags.DEFINE_list("guidance", ["1.25", "1.5", "2", "3"], "Of autoguidance.")
 
 
 class Score(NamedTuple):
@@ -146,7 +145,7 @@ def continued(model: Model, workdir: Path, rounds: int, **changes: Any) -> dict[
     """EDM's objective from the pretrained weights on, with twice the batch; averages by name."""
     steps = rounds * model.settings["round_steps"]
     candidates = {}
-    for rate in LEARNING_RATES:
+    for rate in map(float, _RATES.value):
         config = _pretraining(model.config.seed, steps)
         config.batch_size *= 2
         config.optimizer.update({"learning_rate": rate, "schedule": "constant", "warmup_steps": 60})
@@ -194,7 +193,7 @@ def autoguidance(model: Model) -> Score:
     candidates = {
         f"guide at step {step}, scale {scale}": (step, scale)
         for step in steps
-        for scale in GUIDANCE
+        for scale in map(float, _SCALES.value)
     }
 
     def distance(candidate: tuple[int, float], first: int = 0) -> float:
@@ -226,7 +225,7 @@ def run_seed(seed: int, workdir: Path, rounds: int, settings: Mapping[str, int])
             **model.variables,
             "params": extrapolate(model.variables["params"], on_own["params"], gain),
         }
-        for gain in GAINS
+        for gain in map(float, _GAINS.value)
     }
     final = training.restore(workdir / "ddo").state.variables("ema")
     return {

@@ -27,7 +27,6 @@ NAMES = sorted(
 PUBLISHED = {
     "cifar10_edm": 55.7,
     "imagenet64_edm": 296.0,
-    "imagenet64_edm2": 280.0,
     "imagenet512_edm2": 280.0,
     "imagenet256_var": 310.0,
 }

@@ -92,9 +92,6 @@ def test_rounds_leave_a_run_that_is_evaluated_and_sampled_from_its_path(base, tm
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     fresh = [restore(tmp_path, step).metrics["frechet"] for step in range(3)]
     assert evaluation["step"] == int(np.argmin(fresh))
-    finish(start("sample", f"--checkpoint={tmp_path}", "--num=20", f"--out={tmp_path}/x.png"))
-    assert (tmp_path / "x.png").stat().st_size > 1000
-
     # Killed in the middle of a round, the same command ends with the same bits.
     broken = tmp_path / "broken"
     process = play(base, broken)

@@ -45,6 +45,7 @@ def test_ddo_study_compares_every_alternative(tmp_path):
     start(
         "studies.ddo",
         *("--seeds=1", "--rounds=1", "--num_steps=100", "--round_steps=50", "--num_samples=60"),
+        *("--learning_rates=1e-3", "--gains=1", "--guidance=2"),
         *(f"--out={tmp_path}", f"--workdir={tmp_path}/runs"),
     )
     result = json.loads((tmp_path / "ddo.json").read_text())

