@@ -2,6 +2,9 @@
 
     python -m experiments.train --config=configs/digits_var.py --workdir=runs/digits_var \\
         --config.tokenizer.run=runs/digits_tokenizer
+
+Some 7 minutes on two CPU cores that were busy with other work. Frechet distance without guidance
+1.98 (classifier features, 2000 samples of fresh seeds); 0.33 is what the tokenizer leaves.
 """
 
 import ml_collections
