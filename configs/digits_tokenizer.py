@@ -3,8 +3,8 @@
 python -m experiments.train --config=configs/digits_tokenizer.py --workdir=runs/digits_tokenizer
 
 Some 7 minutes on two CPU cores that were busy with other work. Mean squared error of the
-reconstructions 0.022 (values in [-1, 1]), their Frechet distance 0.33 (classifier features, all 1797
-images); the finest scale uses 95 % of the 64 codes.
+reconstructions 0.022 (values in [-1, 1]), their Frechet distance 0.33 (classifier features, all
+1797 images); the finest scale uses 95 % of the 64 codes.
 """
 
 import ml_collections
