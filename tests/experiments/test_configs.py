@@ -36,6 +36,7 @@ ROUNDS = {
     "cifar10_ddo": "cifar10_edm",
     "imagenet64_ddo": "imagenet64_edm2",
     "digits_var_ddo": "digits_var",
+    "mnist5k_ddo": "mnist5k_dit",
     "imagenet256_var_ddo": "imagenet256_var",
 }
 
