@@ -2,6 +2,9 @@
 
     python -m experiments.train --config=configs/digits_var_ddo.py --workdir=runs/digits_var_ddo \\
         --config.base=runs/digits_var
+
+Not run at this size by us yet; `experiments.studies.ddo_tokens` plays such rounds with a smaller
+model.
 """
 
 import ml_collections

@@ -2,6 +2,8 @@
 
     python -m experiments.train --config=configs/mnist5k_ddo.py --workdir=runs/mnist5k_ddo \\
         --config.base=runs/mnist5k_dit
+
+Not run by us yet.
 """
 
 import ml_collections
