@@ -25,6 +25,8 @@ from genjax_lab.objectives.log_ratio import member_log_likelihoods, paired_log_l
 from genjax_lab.objectives.members import alpha_and_beta_of_members, members_of, sum_of_members
 
 UNCOND_MODES = ("alpha0", "mle")
+# Keeps the draws of dropped labels apart from those of times and masks.
+_DROPOUT_STREAM = 2**31
 
 
 class LabelDropout(NamedTuple):
@@ -203,7 +205,6 @@ def _dropped(
     if "label_dropped" not in batch:
         if not dropout.rate:
             return None
-        # The draws of times and masks are children of the key as it is.
         return jax.random.bernoulli(jax.random.fold_in(key, _DROPOUT_STREAM), dropout.rate, (rows,))
     dropped = jnp.asarray(batch["label_dropped"])
     if dropped.shape != (rows,) or dropped.dtype != jnp.bool_:
@@ -212,9 +213,6 @@ def _dropped(
             f"{list(dropped.shape)}"
         )
     return dropped
-
-
-_DROPOUT_STREAM = 2**31
 
 
 def _recorded(
@@ -226,7 +224,7 @@ def _recorded(
     if recorded is not None and (draw is not None or replaced):
         raise ValueError(
             "batch has recorded reference terms, which belong to given labels and no draws: leave "
-            "out `draw`, and `null_label` where labels are dropped"
+            "out `draw`, and `label_dropout.null_label` where labels are dropped"
         )
     return recorded
 
