@@ -76,7 +76,7 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
             ),
             normalize_by_alpha=_LOSSES[config.loss],
         )
-        fakes = functools.partial(_fake_tokens, config, source, network, codec)
+        fakes = functools.partial(fake_tokens, config, source, network, codec)
 
         def of_images(variables, batch, key):
             key, drawing = jax.random.split(key)
@@ -120,7 +120,7 @@ def to_levels(images: Float[Array, "..."], max_value: int) -> Float[Array, "..."
     return levels / half - 1
 
 
-def _fake_tokens(config, source, network, codec, reference, batch, key) -> Int[Array, "batch L"]:
+def fake_tokens(config, source, network, codec, reference, batch, key) -> Int[Array, "batch L"]:
     """Tokens of a batch's samples: of the pool, or drawn from the reference."""
     tokenizer = reference["tokenizer"]
     if not config.fake_online:

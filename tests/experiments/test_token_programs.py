@@ -148,6 +148,24 @@ def test_a_pool_holds_images_as_the_data_and_the_tokens_that_they_were(runs):
     assert batch["fake_label"][0] == pool["label"][row]
 
 
+def test_samples_drawn_online_are_decoded_and_encoded_again(runs):
+    model = ml_collections.ConfigDict(restore(runs / "var").config)
+    variables = restore(runs / "var").state.variables("ema")
+    codec = next_scale.Codec(next_scale.tokenizer_of(model))
+    network = next_scale.make_network(model, codec)
+    batch = {"image": np.zeros((16, 8, 8, 1)), "label": np.arange(16) % 10}
+    plain, again = (
+        token_rounds.fake_tokens(
+            rounds(runs, fake_online=True, fake_roundtrip=roundtrip),
+            *(model, network, codec, variables, batch, jax.random.key(0)),
+        )
+        for roundtrip in (False, True)
+    )
+    levels = token_rounds.to_levels(codec.decode(variables["tokenizer"], plain), 16)
+    np.testing.assert_array_equal(again, codec.encode(variables["tokenizer"], levels))
+    assert np.any(again != plain)
+
+
 def test_levels_are_those_of_the_data():
     info = data.dataset_info("digits")
     images = np.random.default_rng(0).uniform(-1.2, 1.2, (50, 8, 8, 1)).astype(np.float32)
