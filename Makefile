@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(RUN)/python -m experiments.sample --checkpoint=$(WORKDIR)_ddo --before=$(WORKDIR) --num=80 --out=$(WORKDIR)_ddo/samples.png
 
 test: $(VENV)/.tested-with lint
-	$(RUN)/python -m pytest -n $(WORKERS) --dist=loadfile
+	$(RUN)/python -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.tested-with
 	$(RUN)/ruff format --check .

@@ -20,7 +20,7 @@ _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _made = None
 if _CACHE not in os.environ:
     os.environ[_CACHE] = _made = tempfile.mkdtemp(prefix="genjax_lab_compiled_")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 

@@ -32,23 +32,9 @@ SETTINGS = {
     "sampler.num_steps": 3,
     "evaluation.num_samples": 40,
     "evaluation.batch_size": 16,
+    "tensorboard": False,
 }
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """All processes share what they compile, which is most of their time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-        yield
 
 
 def digits_config(cache, mesh):

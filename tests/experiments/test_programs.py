@@ -41,11 +41,6 @@ def start(module, *arguments, check=True):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("run")
     start(

@@ -30,19 +30,21 @@ SMALL = {
     "fresh_seeds": 48,
     "optimizer.learning_rate": 1e-2,
     "optimizer.warmup_steps": 0,
+    "tensorboard": False,
 }
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("base")
     config = digits_edm.get_config()
     config.update_from_flattened_dict(
         {
             **{"num_steps": 20, "steps_per_call": 10, "checkpoint_every": 20, "progress": False},
+            "tensorboard": False,
             **{"network.width": 16, "network.num_blocks": 1, "sampler.num_steps": 3},
             **{"evaluation.num_samples": 48, "evaluation.batch_size": 48},
-            "evaluation.cache_dir": str(tmp_path_factory.mktemp("cache")),
+            "evaluation.cache_dir": str(cache),
         }
     )
     config.mesh.data = 1

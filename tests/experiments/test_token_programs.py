@@ -12,11 +12,15 @@ from experiments import next_scale, self_play, token_rounds
 from genjax_lab import data
 from genjax_lab.training import restore, train
 
-SHORT = {"num_steps": 20, "steps_per_call": 10, "checkpoint_every": 20, "progress": False}
+SHORT = {
+    **{"num_steps": 20, "steps_per_call": 10, "checkpoint_every": 20, "progress": False},
+    "tensorboard": False,
+}
 ROUND = {
     **{"num_fakes": 64, "batch_size": 32, "num_steps": 4, "steps_per_call": 2, "eval_every": 4},
     **{"checkpoint_every": 4, "log_every": 2, "selection_seeds": 48, "fresh_seeds": 48},
     **{"optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 0, "progress": False},
+    "tensorboard": False,
 }
 
 
@@ -27,11 +31,11 @@ def shortened(config, changes):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder, cache = tmp_path_factory.mktemp("runs"), str(tmp_path_factory.mktemp("cache"))
+def runs(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("runs")
     evaluation = {
         **{"evaluation.num_samples": 48, "evaluation.batch_size": 48},
-        "evaluation.cache_dir": cache,
+        "evaluation.cache_dir": str(cache),
     }
     config = shortened(digits_tokenizer.get_config(), SHORT | evaluation)
     train(experiments.build(config), workdir=folder / "tokenizer", config=config)
