@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.network = {
         "name": "DiT",
-        "patch_size": 4,
+        "patch_size": 7,
         "width": 128,
         "depth": 4,
         "num_heads": 4,

@@ -10,7 +10,10 @@ Fields of the config of the rounds that are read here:
 import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_collections
+from jaxtyping import Array, Int
 
 from experiments import images
 from experiments.building import construct
@@ -35,24 +38,40 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
     unguided.guidance.scale = 1.0
     source = images.build(unguided)
 
-    def objective(alpha, beta, index):
+    def process_of(round):
         fields: dict[str, Any] = dict(model.process)
         for start, changes in sorted(config.process_from_round.items(), key=lambda x: int(x[0])):
-            if index >= int(start):
+            if round >= int(start):
                 fields |= dict(changes)
+        return construct(processes, fields, "process")
+
+    draws = {"num_draws": config.num_draws, "antithetic": config.antithetic}
+
+    def reference_terms(variables, batch, number, round):
+        """[batch, recorded_draws, num_draws]"""
+        label = batch["label"] if model.data.num_classes else None
+        of_seeds = functools.partial(
+            objectives.seeded_log_likelihoods,
+            *(network.apply, process_of(round), variables, batch["image"], label),
+            **draws,
+        )
+        return jnp.stack([of_seeds(seeds) for seeds in _seeds(number, config.recorded_draws).T], 1)
+
+    def objective(alpha, beta, index):
         if config.loss not in LOSSES:
             raise ValueError(f"config.loss is {config.loss!r}; it must be one of {sorted(LOSSES)}")
         if config.loss == "spin" and len(set(alpha)) > 1:
             raise ValueError(f"config.loss='spin' has no alpha; config.alpha={alpha} must be one")
         grid = objectives.ddo_denoising_grid(
             network.apply,
-            construct(processes, fields, "process"),
+            process_of(index),
             alpha=alpha,
             beta=beta,
-            num_draws=config.num_draws,
-            antithetic=config.antithetic,
             loss=LOSSES[config.loss],
+            **draws,
         )
+        if config.recorded_draws:
+            grid = on_recorded(grid)
         return grid if model.data.num_classes else images.without_labels(grid)
 
     project = None
@@ -62,5 +81,28 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
         objective=objective,
         draw=functools.partial(source.sample, progress=config.progress),
         origin={name: model[name].to_dict() for name in ("sampler", "process")},
+        reference_terms=reference_terms,
         project=project,
     )
+
+
+def _seeds(number: Int[Array, "batch"], recorded_draws: int) -> Int[Array, "batch recorded_draws"]:
+    """Seeds of the draws of the images and samples of these numbers, all different."""
+    return number[:, None] * recorded_draws + jnp.arange(recorded_draws)
+
+
+def on_recorded(objective: objectives.Objective) -> objectives.Objective:
+    """The objective with one of the recorded draws of each image and sample, at random."""
+
+    def on_one_of_them(variables, batch, key):
+        batch = dict(batch)
+        for stream, kind in enumerate(("", "fake_")):
+            terms = batch[f"{kind}reference_terms"]
+            rows, count = terms.shape[:2]
+            chosen = jax.random.randint(jax.random.fold_in(key, stream), (rows,), 0, count)
+            seeds = _seeds(batch.pop(f"{kind}number"), count)
+            batch[f"{kind}seed"] = jnp.take_along_axis(seeds, chosen[:, None], 1)[:, 0]
+            batch[f"{kind}reference_terms"] = terms[jnp.arange(rows), chosen]
+        return objective(variables, batch, key)
+
+    return on_one_of_them

@@ -5,6 +5,10 @@ Beside the fields of the rounds (`genjax_lab.training.default_self_play_config`)
   base        path of the run to start from, base_step the checkpoint in it (a number or "best"; the
               last if None); network, process, data, sampler and evaluation are those of that run
   loss        one of `experiments.fine_tuning.LOSSES`; "ddo" or "ddo_normalized" for tokens
+  recorded_draws
+              0 evaluates the reference in every step. K > 0 evaluates it once for a round, on each
+              image and sample: with K draws of (t, noise), of which a step takes one at random; or
+              exactly, for tokens, where K is 1
   sampler, evaluation
               changes of the base run's fields of these names
   optimizer   as for images, anew in every round; decay_steps count within the round
@@ -13,11 +17,15 @@ and those of `denoising_rounds`, for base runs of images, and `token_rounds`, of
 result is a run of the base run's domain again: `evaluate.py` and `sample.py` take its directory.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections.config_dict import placeholder
 
 import experiments
@@ -47,6 +55,7 @@ def default_config() -> ml_collections.ConfigDict:
             "base": placeholder(str),
             "base_step": placeholder(str),
             "loss": "ddo",
+            "recorded_draws": 0,
             "sampler": {},
             "evaluation": {},
             "optimizer": default_optimizer(learning_rate=3e-4, warmup_steps=60),
@@ -103,6 +112,12 @@ def of_model(
         changed = [name for name, value in kind.DEFAULTS.items() if fields[name] != value]
         if domain != model.domain and changed:
             raise ValueError(f"config has {changed}, which are for models of {domain!r} only")
+    if config.recorded_draws < 0:
+        raise ValueError(f"config.recorded_draws={config.recorded_draws} must not be negative")
+    if config.recorded_draws and model.data.get("flip"):
+        raise ValueError(
+            "config.recorded_draws is for images as they are; the base run has data.flip"
+        )
     tuning = _KINDS[model.domain].build(config, model)
     experiment = experiments.build(model)
     average, num_classes = model.evaluation.ema, model.data.num_classes
@@ -110,12 +125,11 @@ def of_model(
     def as_state(variables: Mapping[str, Any]) -> TrainState:
         return state.replace(params=variables["params"], ema={average: variables["params"]})
 
-    def batches(pool, seed):
-        index, count = process_share(make_mesh(**config.mesh))
-        shard = {"shard_index": index, "shard_count": count}
-        real = make_batches(model, model.data.split, config.batch_size, seed=seed, **shard)
+    def loaders(pool, seed, **options):
+        """Of the data and of the pool, if there is one."""
+        real = make_batches(model, model.data.split, config.batch_size, seed=seed, **options)
         if pool is None:
-            return real
+            return [real]
         fake = data.make_loader_from_arrays(
             pool,
             config.batch_size,
@@ -123,9 +137,25 @@ def of_model(
             num_classes=num_classes,
             max_value=real.info.max_value or 255,
             value_range=None,
-            **shard,
+            **options,
         )
-        return data.PairedLoader(real, fake, labels=bool(num_classes))
+        return [real, fake]
+
+    def batches(pool, seed, reference, index):
+        mesh = make_mesh(**config.mesh)
+        shard, count = process_share(mesh)
+        parts = loaders(pool, seed, shard_index=shard, shard_count=count)
+        if config.recorded_draws:
+            terms = functools.partial(tuning.reference_terms, round=index)
+            once = {"num_epochs": 1, "shuffle": False, "drop_remainder": False}
+            once |= {"shard_index": 0, "shard_count": 1}
+            first = 0
+            for kind, epoch in enumerate(loaders(pool, seed, **once)):
+                parts[kind] = parts[kind].with_columns(
+                    _recorded(terms, reference, epoch, first, mesh)
+                )
+                first += epoch.num_examples
+        return parts[0] if pool is None else data.PairedLoader(*parts, labels=bool(num_classes))
 
     def score(variables, seeds):
         try:
@@ -145,3 +175,16 @@ def of_model(
         score=score,
         project=tuning.project,
     )
+
+
+def _recorded(terms, reference, epoch: data.Loader, first: int, mesh) -> dict[str, np.ndarray]:
+    """Columns of an epoch's examples: their numbers, from `first` on, and the reference's terms."""
+    compiled = jax.jit(terms, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    number = np.arange(first, first + epoch.num_examples, dtype=np.int32)
+    parts = []
+    for batch in epoch:
+        rows = len(batch["image"])
+        parts.append(
+            np.asarray(compiled(reference, batch, number[:rows] + epoch.batch_size * len(parts)))
+        )
+    return {"number": number, "reference_terms": np.concatenate(parts)}

@@ -62,6 +62,30 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
     network = next_scale.make_network(model, codec)
     log_likelihood = objectives.autoregressive_log_likelihood(next_scale.apply_to_inputs(network))
     num_classes = model.data.num_classes
+    if config.recorded_draws > (0 if config.fake_online else 1):
+        raise ValueError(
+            f"config.recorded_draws={config.recorded_draws} must be 0 or 1, since the likelihood "
+            "of tokens is exact, and 0 with config.fake_online, which draws new samples"
+        )
+    dropout = objectives.LabelDropout(
+        num_classes, config.label_dropout if num_classes else 0.0, config.uncond_mode
+    )
+
+    def reference_terms(variables, batch, number, round):
+        """[batch, 1]; [batch, 2], with their label and without any, where labels are dropped."""
+        del number, round
+        tokenizer = variables["tokenizer"]
+        if "tokens" in batch and not config.fake_roundtrip:
+            tokens = batch["tokens"]
+        else:
+            tokens = codec.encode(tokenizer, batch["image"])
+        inputs = codec.inputs(tokenizer, tokens)
+        labels = [batch["label"] if num_classes else None]
+        if dropout.rate:
+            labels.append(jnp.full_like(batch["label"], num_classes))
+        parameters = {"params": variables["params"]}
+        terms = [log_likelihood(parameters, tokens, (label, inputs)) for label in labels]
+        return jnp.stack(terms, axis=1)
 
     def objective(alpha, beta, index):
         del index
@@ -71,9 +95,7 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
             log_likelihood,
             alpha=alpha,
             beta=beta,
-            label_dropout=objectives.LabelDropout(
-                num_classes, config.label_dropout if num_classes else 0.0, config.uncond_mode
-            ),
+            label_dropout=dropout,
             normalize_by_alpha=_LOSSES[config.loss],
         )
         fakes = functools.partial(fake_tokens, config, source, network, codec)
@@ -92,6 +114,8 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
             if num_classes:  # samples that are drawn online have the labels of the batch
                 rows["label"] = batch["label"]
                 rows["fake_label"] = batch.get("fake_label", batch["label"])
+            if config.recorded_draws:
+                rows |= {name: batch[name] for name in ("reference_terms", "fake_reference_terms")}
             networks = {
                 "params": variables["params"],
                 "reference": {"params": variables["reference"]["params"]},
@@ -105,6 +129,7 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
         draw=None if config.fake_online else _pool_of(config, source, network, codec),
         origin={name: _plain(source[name]) for name in ("sampler", "tokenizer")}
         | {name: config[name] for name in DEFAULTS},
+        reference_terms=reference_terms,
     )
 
 

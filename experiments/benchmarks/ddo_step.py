@@ -123,7 +123,10 @@ def measure(repeats: int, steps: int) -> dict[str, float]:
     )
     cached = batches | {
         **{name: rng.integers(0, 2**31, shape) for name in ("seed", "fake_seed")},
-        **{name: np.zeros(shape, np.float32) for name in ("reference_real", "reference_fake")},
+        **{
+            name: np.zeros(shape, np.float32)
+            for name in ("reference_terms", "fake_reference_terms")
+        },
     }
     real = {name: batches[name] for name in ("image", "label")}
     ddo = ddo_denoising(NETWORK.apply, process, alpha=ALPHA, beta=BETA)

@@ -55,7 +55,7 @@ class Loader(Iterator[Batch]):
     `next(loader)` gives the next batch, `loader[step]` any batch without moving. A batch is this
     process's part of the global batch: `"image"` float32 `[batch_size / shard_count, height, width,
     channels]` in [-1, 1] and `"label"` int32 `[batch_size / shard_count]`, as NumPy arrays; arrays
-    of `make_loader_from_arrays` may bring further entries.
+    of `make_loader_from_arrays`, and `with_columns`, bring further entries.
 
     Attributes:
         info: The data set's description.
@@ -84,6 +84,7 @@ class Loader(Iterator[Batch]):
         self.num_examples = order.num_examples
         self.num_batches = order.num_batches
         self._order = order
+        self._stages = (order, read, info, transforms, prefetch)
         self._options = grain.ReadOptions(
             num_threads=prefetch.num_threads, prefetch_buffer_size=prefetch.num_batches
         )
@@ -116,6 +117,28 @@ class Loader(Iterator[Batch]):
         batch = next(self._iterator)
         self._step += 1
         return batch
+
+    def with_columns(self, columns: Mapping[str, np.ndarray]) -> "Loader":
+        """The same batches from the start, with what is known of every example beside it.
+
+        Args:
+            columns: new entries of the batches, `[num_examples, ...]`, in the order of the split.
+
+        Raises:
+            ValueError: If a column has another length.
+        """
+        for name, column in columns.items():
+            if len(column) != self.num_examples:
+                raise ValueError(
+                    f"columns[{name!r}] must be [{self.num_examples}, ...], one row for each "
+                    f"example, got {list(np.shape(column))}."
+                )
+        order, read, info, transforms, prefetch = self._stages
+
+        def wider(indices: Int64[np.ndarray, "batch"]) -> Batch:
+            return read(indices) | {name: column[indices] for name, column in columns.items()}
+
+        return Loader(order, wider, info, transforms, prefetch)
 
     def get_state(self) -> dict[str, Any]:
         """The iterator's place as a small dict that JSON can hold, the same on every process.

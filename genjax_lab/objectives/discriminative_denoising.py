@@ -62,8 +62,8 @@ def ddo_denoising(
       others: a collection that is no parameter, which the train step leaves as it is.
 
       Optional: "seed" and "fake_seed", [batch] integers from which the draws of an image and of a
-      sample are made instead of the key; with them "reference_real" and "reference_fake", what
-      `seeded_log_likelihoods` gives of the reference, [batch] or [batch, num_draws], and no
+      sample are made instead of the key; with them "reference_terms" and "fake_reference_terms",
+      what `seeded_log_likelihoods` gives of the reference, [batch] or [batch, num_draws], and no
       "reference" is needed or evaluated. A log-ratio then is 0 up to rounding only.
 
       Metrics are those of `loss`, and "mle_loss", the mean squared error per dimension of the
@@ -171,7 +171,7 @@ def seeded_log_likelihoods(
     antithetic: bool = False,
     reduce: str = "sum",
 ) -> Float[Array, "batch num_draws"]:
-    """The "reference_real" or "reference_fake" of images whose "seed" or "fake_seed" are `seeds`.
+    """The "reference_terms" of images whose "seed" are `seeds`, or those of samples.
 
     Args:
       apply: as for `ddo_denoising`, like `process` and the options.
@@ -286,22 +286,22 @@ def _deltas(ratios: Float[Array, "batch draws two"], inside: bool) -> tuple[Arra
     return ratios[:, 0], ratios[:, 1]
 
 
-def reference_terms(batch: Mapping[str, Array], rows: int, num_draws: int) -> Array | None:
-    """Recorded log-likelihoods of the reference, [rows, num_draws, 2], or None if there are none.
+def reference_terms(batch: Mapping[str, Array], rows: int, count: int) -> Array | None:
+    """Recorded log-likelihoods of the reference, [rows, count, 2], or None if there are none.
 
     Raises:
-      ValueError: if one of "reference_real" and "reference_fake" is missing or has another shape.
+      ValueError: if data or samples have none, or of another shape.
     """
-    if not _has_both(batch, "reference_real", "reference_fake"):
+    if not _has_both(batch, "reference_terms", "fake_reference_terms"):
         return None
-    terms = [jnp.asarray(batch[name]) for name in ("reference_real", "reference_fake")]
+    terms = [jnp.asarray(batch[name]) for name in ("reference_terms", "fake_reference_terms")]
     for term in terms:
-        if term.shape != (rows, num_draws) and (term.shape != (rows,) or num_draws > 1):
+        if term.shape != (rows, count) and (term.shape != (rows,) or count > 1):
             raise ValueError(
-                f"batch['reference_real'] and ['reference_fake'] must be [{rows}, num_draws="
-                f"{num_draws}], got {list(term.shape)}"
+                "batch['reference_terms'] and ['fake_reference_terms'] must be "
+                f"[{rows}, {count}], got {list(term.shape)}"
             )
-    return jax.lax.stop_gradient(jnp.stack([term.reshape(rows, num_draws) for term in terms], -1))
+    return jax.lax.stop_gradient(jnp.stack([term.reshape(rows, count) for term in terms], -1))
 
 
 def require_reference(reference: PyTree | None) -> None:
@@ -309,7 +309,7 @@ def require_reference(reference: PyTree | None) -> None:
     if reference is None:
         raise ValueError(
             'variables must have the collection "reference", the frozen variables, unless the '
-            'batch has the entries "reference_real" and "reference_fake"'
+            'batch has the entries "reference_terms" and "fake_reference_terms"'
         )
 
 

@@ -70,10 +70,11 @@ def ddo_tokens(
       "fake_label": both or neither, "label_dropped": [batch] bool, optional}, of variables as
       `ddo_denoising`. Optional "inputs" and "fake_inputs", [batch, ...], are what the network sees
       of tokens, such as features of a codebook; `condition` is then (label, inputs), else the
-      label. Optional "reference_real" and "reference_fake", [batch], are recorded log-likelihoods
-      of the reference, with which it is not evaluated; not together with `draw` or with labels
-      that are replaced here. Metrics are those of `ddo_loss`, over all rows, and "mle_loss", the
-      negative log-likelihood of the data per token.
+      label. Optional "reference_terms" and "fake_reference_terms", [batch], are recorded
+      log-likelihoods of the reference, with which it is not evaluated; [batch, 2], with the label
+      and with `null_label`, where labels are replaced here; not together with `draw`. Metrics are
+      those of `ddo_loss`, over all rows, and "mle_loss", the negative log-likelihood of the data
+      per token.
 
     Raises:
       ValueError: for an unknown mode, a rate that is not in [0, 1] or has no `null_label`, a
@@ -85,7 +86,7 @@ def ddo_tokens(
     def objective(variables, batch, key):
         network, reference = split_reference(variables)
         rows, kept, length = _rows(batch, key, draw, label_dropout)
-        recorded = _recorded(batch, draw, label_dropout)
+        recorded = _recorded(batch, draw, label_dropout, kept)
         if recorded is None:
             require_reference(reference)
             own, frozen = paired_log_likelihoods(log_likelihood, network, reference, *rows)
@@ -118,7 +119,7 @@ def ddo_tokens_grid(
         network, reference = split_reference(variables)
         members = members_of(network, len(alpha))
         rows, kept, length = _rows(batch, key, draw, label_dropout)
-        frozen = _recorded(batch, draw, label_dropout)
+        frozen = _recorded(batch, draw, label_dropout, kept)
         if frozen is None:
             require_reference(reference)
             own, frozen = member_log_likelihoods(log_likelihood, members, reference, *rows)
@@ -216,17 +217,19 @@ def _dropped(
 
 
 def _recorded(
-    batch: Mapping[str, Array], draw: Callable | None, dropout: LabelDropout
-) -> Array | None:
-    """Recorded terms of the reference, or None."""
-    recorded = reference_terms(batch, len(batch["tokens"]), 1)
-    replaced = dropout.null_label is not None and ("label_dropped" in batch or dropout.rate)
-    if recorded is not None and (draw is not None or replaced):
-        raise ValueError(
-            "batch has recorded reference terms, which belong to given labels and no draws: leave "
-            "out `draw`, and `label_dropout.null_label` where labels are dropped"
-        )
-    return recorded
+    batch: Mapping[str, Array],
+    draw: Callable | None,
+    dropout: LabelDropout,
+    kept: Float[Array, "batch"] | None,
+) -> Float[Array, "batch two"] | None:
+    """Recorded terms of the reference for data and samples, or None."""
+    replaced = kept is not None and dropout.null_label is not None
+    recorded = reference_terms(batch, len(batch["tokens"]), 2 if replaced else 1)
+    if recorded is None:
+        return None
+    if draw is not None:
+        raise ValueError("batch has recorded reference terms, which belong to no draws: no `draw`")
+    return jnp.where(kept[:, None] > 0, *recorded.swapaxes(0, 1)) if replaced else recorded[:, 0]
 
 
 def _check_dropout(dropout: LabelDropout) -> None:

@@ -67,8 +67,9 @@ class SelfPlay(NamedTuple):
             and `beta` for each: parameters have a leading axis of members, the collection
             "reference" holds the reference's variables, batches have "fake_" entries.
         optimizer: made anew for every round.
-        batches: `(pool, seed) -> iterator` over the real data and the pool side by side; over the
-            real data alone where `pool` is None.
+        batches: `(pool, seed, reference, round) -> iterator` over the real data and the pool side
+            by side; over the real data alone where `pool` is None. `reference` are the round's
+            frozen variables, of which batches may hold what was computed once.
         score: `(variables, seeds) -> {metric: value}` of samples drawn for these seeds; infinite
             for a model that has diverged.
         project: see `make_train_step`, for one member.
@@ -80,7 +81,7 @@ class SelfPlay(NamedTuple):
     provenance: Mapping[str, Any]
     objective: Callable[[Sequence[float], Sequence[float], int], Objective]
     optimizer: Callable[[], optax.GradientTransformation]
-    batches: Callable[[Mapping[str, np.ndarray] | None, int], BatchIterator]
+    batches: Callable[[Mapping[str, np.ndarray] | None, int, Variables, int], BatchIterator]
     score: Callable[[Variables, range], Mapping[str, float]]
     project: Callable[[PyTree], PyTree] | None = None
 
@@ -307,7 +308,7 @@ def _train_members(
         init=lambda key: {**reference, "params": copies, "reference": reference},
         objective=self_play.objective(*zip(*members, strict=True), index),
         optimizer=self_play.optimizer(),
-        batches=lambda state: self_play.batches(pool, seed),
+        batches=lambda state: self_play.batches(pool, seed, reference, index),
         evaluate=evaluate,
         project=project,
     )

@@ -200,6 +200,22 @@ def test_arrays_keep_their_further_entries_and_their_floats():
     np.testing.assert_array_equal(batch["weight"], batch["label"] / 10)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_columns_stay_with_their_examples(digits, in_memory):
+    plain = digits(in_memory=in_memory)
+    whole = digits(num_epochs=1, shuffle=False, drop_remainder=False)
+    brightness = np.concatenate([batch["image"].mean((1, 2, 3)) for batch in whole])
+    wider = plain.with_columns({"brightness": brightness})
+    for _ in range(3):
+        batch = next(wider)
+        np.testing.assert_array_equal(batch["brightness"], batch["image"].mean((1, 2, 3)))
+        del batch["brightness"]
+        assert_same(batch, next(plain))
+    assert wider.get_state() == plain.get_state()
+    with pytest.raises(ValueError, match=r"columns\['brightness'\].*\[3, 2\]"):
+        plain.with_columns({"brightness": np.zeros((3, 2))})
+
+
 def test_arrays_without_labels_have_no_classes():
     loader = make_loader_from_arrays({"image": images_of(4)}, 4, 0)
     assert loader.info.num_classes == 0

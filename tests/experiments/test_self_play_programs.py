@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
 import experiments
 from configs import digits_ddo, digits_edm
+from experiments import denoising_rounds, self_play
 from genjax_lab.training import restore, train
 
 ROOT = Path(__file__).parents[2]
@@ -128,8 +130,6 @@ def test_the_ratios_are_exactly_zero_at_the_start_of_a_round(base, tmp_path):
 
 def test_late_rounds_may_widen_the_noise(base):
     """`process_from_round` changes the law of training times, and only that."""
-    from experiments import self_play
-
     config = digits_ddo.get_config()
     config.base = str(base)
     config.process_from_round = {"2": {"log_sigma_std": 30.0}}
@@ -153,12 +153,56 @@ def test_late_rounds_may_widen_the_noise(base):
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize(("num_draws", "recorded"), [(1, 3), (2, 1)])
+def test_recorded_terms_give_the_ratios_of_the_reference_at_the_recorded_draws(
+    base, num_draws, recorded
+):
+    config = digits_ddo.get_config()
+    config.update({"base": str(base), "num_draws": num_draws, "recorded_draws": recorded})
+    config.update({"batch_size": 32, "alpha": (2.0,), "beta": (0.5,)})
+    config.mesh.data = 1
+    parts, _ = self_play.build(config)
+    rng = np.random.default_rng(0)
+    pool = {
+        "image": rng.integers(0, 17, (40, 8, 8, 1), np.uint8),
+        "label": rng.integers(0, 10, 40),
+    }
+    batch = next(parts.batches(pool, 0, parts.variables, 1))
+    assert batch["fake_number"].min() >= 1442 > batch["number"].max()  # training images
+    assert batch["fake_reference_terms"].shape == (32, recorded, num_draws)
+    moved = jax.tree.map(lambda x: 1.1 * x[None], parts.variables["params"])
+    variables = {**parts.variables, "params": moved, "reference": parts.variables}
+    objective = parts.objective((2.0,), (0.5,), 1)
+    loss, _ = jax.jit(objective)(variables, batch, jax.random.key(3))
+
+    # The same draws, with the reference evaluated on them.
+    seen = {}
+    denoising_rounds.on_recorded(lambda v, b, key: seen.update(b))({}, batch, jax.random.key(3))
+    assert len({*np.array(seen["seed"]) % recorded}) == recorded
+    plain = {k: v for k, v in seen.items() if "reference" not in k}
+    config.recorded_draws = 0
+    objective = self_play.build(config)[0].objective((2.0,), (0.5,), 1)
+    expected, _ = jax.jit(objective)(variables, plain, jax.random.key(4))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def test_recorded_draws_need_images_as_they_are(base):
+    config = digits_ddo.get_config()
+    config.recorded_draws = 2
+    restored = restore(base)
+    model = ml_collections.ConfigDict(restored.config)
+    model.data.flip = True
+    with pytest.raises(ValueError, match="flip"):
+        self_play.of_model(config, model, restored.state)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"base": None}, "config.base is missing"),
         ({"base": "/nonexistent"}, "is not a directory"),
         ({"loss": "beauty"}, r"config\.loss is 'beauty'"),
+        ({"recorded_draws": -1}, "negative"),
     ],
 )
 def test_mistakes_are_named(base, tmp_path, changes, message):

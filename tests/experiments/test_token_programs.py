@@ -128,7 +128,8 @@ def drawn_pool(parts):
 @pytest.mark.parametrize("fakes", sorted(FAKES))
 def test_the_ratios_are_exactly_zero_at_the_start_of_a_round(runs, fakes):
     parts, _ = self_play.build(rounds(runs, **FAKES[fakes]))
-    batch = next(parts.batches(None if parts.draw is None else drawn_pool(parts), 0))
+    pool = None if parts.draw is None else drawn_pool(parts)
+    batch = next(parts.batches(pool, 0, parts.variables, 1))
     copies = jax.tree.map(lambda x: jnp.stack([x, x]), parts.variables["params"])
     variables = {**parts.variables, "params": copies, "reference": parts.variables}
     objective = jax.jit(parts.objective((1.0, 4.0), (0.1, 0.1), 1))
@@ -146,10 +147,24 @@ def test_a_pool_holds_images_as_the_data_and_the_tokens_that_they_were(runs):
     levels = token_rounds.to_levels(codec.decode(parts.variables["tokenizer"], pool["tokens"]), 16)
     info = data.dataset_info("digits")
     np.testing.assert_array_equal(np.asarray(levels), data.dequantize(pool["image"], info))
-    batch = next(parts.batches(pool, 0))
+    batch = next(parts.batches(pool, 0, parts.variables, 1))
     row = np.flatnonzero([np.array_equal(batch["fake_tokens"][0], x) for x in pool["tokens"]])[0]
     np.testing.assert_array_equal(batch["fake_image"][0], data.dequantize(pool["image"], info)[row])
     assert batch["fake_label"][0] == pool["label"][row]
+
+
+@pytest.mark.parametrize("fakes", ["pool", "tokens"])
+def test_recorded_terms_give_the_loss_of_the_reference(runs, fakes):
+    losses = []
+    for recorded in (0, 1):
+        parts, _ = self_play.build(rounds(runs, recorded_draws=recorded, **FAKES[fakes]))
+        batch = next(parts.batches(drawn_pool(parts), 0, parts.variables, 1))
+        assert ("reference_terms" in batch) == bool(recorded)
+        moved = jax.tree.map(lambda x: 1.1 * x[None], parts.variables["params"])
+        variables = {**parts.variables, "params": moved, "reference": parts.variables}
+        objective = jax.jit(parts.objective((4.0,), (0.1,), 1))
+        losses.append(float(objective(variables, batch, jax.random.key(0))[0]))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_samples_drawn_online_are_decoded_and_encoded_again(runs):
@@ -193,6 +208,8 @@ def test_the_temperature_of_fakes_reaches_the_sampler(runs):
         ({"uncond_mode": "cfg"}, "cfg"),
         ({"label_dropout": 2.0}, r"\[0, 1\]"),
         ({"num_draws": 4}, "num_draws.*images"),
+        ({"recorded_draws": 2}, "0 or 1"),
+        ({"recorded_draws": 1, "fake_online": True}, "fake_online"),
         ({"fake_temperature": 0.0}, "temperature"),
     ],
 )

@@ -184,19 +184,12 @@ def test_recorded_terms_replace_the_reference(variables):
     batch = make_batch() | {"seed": np.arange(ROWS), "fake_seed": np.arange(ROWS) + 100}
     options = {"num_draws": 2, "antithetic": True}
     terms = {
-        f"reference_{name}": seeded_log_likelihoods(
-            Network().apply,
-            PROCESS,
-            variables["reference"],
-            batch[image],
-            batch[label],
-            batch[seed],
+        f"{kind}reference_terms": seeded_log_likelihoods(
+            *(Network().apply, PROCESS, variables["reference"]),
+            *(batch[f"{kind}{name}"] for name in ("image", "label", "seed")),
             **options,
         )
-        for name, image, label, seed in (
-            ("real", "image", "label", "seed"),
-            ("fake", "fake_image", "fake_label", "fake_seed"),
-        )
+        for kind in ("", "fake_")
     }
     value = jax.jit(objective(**options))
     expected, metrics = value(variables, batch, KEY)
@@ -318,14 +311,14 @@ def test_sharded_loss_and_gradient_equal_those_of_one_device(variables):
         ({"fake_image": np.zeros((ROWS, *SHAPE), np.uint8)}, "fake_image.*uint8"),
         ({"fake_label": None}, '"fake_label"'),
         ({"seed": np.arange(ROWS)}, '"fake_seed"'),
-        ({"reference_real": np.zeros(ROWS, np.float32)}, '"reference_fake"'),
+        ({"reference_terms": np.zeros(ROWS, np.float32)}, '"fake_reference_terms"'),
         (
-            {f"reference_{x}": np.zeros(ROWS, np.float32) for x in ("real", "fake")},
+            {f"{x}reference_terms": np.zeros(ROWS, np.float32) for x in ("", "fake_")},
             '"seed"',
         ),
         (
-            {f"reference_{x}": np.zeros(3, np.float32) for x in ("real", "fake")},
-            r"\[16, num_draws=1\].*\[3\]",
+            {f"{x}reference_terms": np.zeros(3, np.float32) for x in ("", "fake_")},
+            r"\[16, 1\].*\[3\]",
         ),
     ],
 )

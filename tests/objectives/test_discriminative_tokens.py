@@ -139,11 +139,22 @@ def test_recorded_terms_replace_the_reference_exactly_where_the_likelihood_is_ex
     batch = make_batch()
     frozen = variables["reference"]["params"]
     terms = {
-        "reference_real": log_p(frozen, batch["tokens"], batch["label"]),
-        "reference_fake": log_p(frozen, batch["fake_tokens"], batch["fake_label"]),
+        "reference_terms": log_p(frozen, batch["tokens"], batch["label"]),
+        "fake_reference_terms": log_p(frozen, batch["fake_tokens"], batch["fake_label"]),
     }
-    found = objective()({"params": variables["params"]}, batch | terms, KEY)[0]
+    alone = {"params": variables["params"]}
+    found = objective()(alone, batch | terms, KEY)[0]
     np.testing.assert_allclose(found, objective()(variables, batch, KEY)[0], rtol=1e-5)
+    # Where labels are dropped, the terms without them are needed too.
+    without = np.full(ROWS, CLASSES)
+    for name, tokens in (("reference_terms", "tokens"), ("fake_reference_terms", "fake_tokens")):
+        terms[name] = np.stack([terms[name], log_p(frozen, batch[tokens], without)], axis=1)
+    for mode in ("alpha0", "mle"):
+        dropping = objective(null_label=CLASSES, rate=0.5, mode=mode)
+        found = dropping(alone, batch | terms, KEY)[0]
+        np.testing.assert_allclose(found, dropping(variables, batch, KEY)[0], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"\[8, 2\]"):
+        dropping(alone, batch | {name: term[:, 0] for name, term in terms.items()}, KEY)
 
 
 def test_masks_are_shared_by_data_and_samples_and_by_both_networks(variables):
@@ -201,8 +212,8 @@ def test_every_member_of_a_grid_is_the_objective_alone(variables, recorded):
     if recorded:
         dropout = LabelDropout()
         batch |= {
-            "reference_real": log_p(frozen, batch["tokens"], batch["label"]),
-            "reference_fake": log_p(frozen, batch["fake_tokens"], batch["fake_label"]),
+            "reference_terms": log_p(frozen, batch["tokens"], batch["label"]),
+            "fake_reference_terms": log_p(frozen, batch["fake_tokens"], batch["fake_label"]),
         }
     log_likelihood = autoregressive_log_likelihood(markov)
     alpha, beta = zip(*grid, strict=True)
@@ -241,7 +252,7 @@ def test_every_member_of_a_grid_is_the_objective_alone(variables, recorded):
             "label_dropped",
         ),
         (
-            {f"reference_{x}": np.zeros(ROWS, np.float32) for x in ("real", "fake")},
+            {f"{kind}reference_terms": np.zeros(ROWS, np.float32) for kind in ("", "fake_")},
             {"draw": draw_times_and_masks},
             "recorded",
         ),

@@ -84,7 +84,7 @@ def gaussian(start=0.0, interrupt_after=None):
 
         return loss
 
-    def batches(pool, seed):
+    def batches(pool, seed, reference, index):
         data = (TRUE_MEAN + normal(range(64))).astype(np.float32)
         return PairedLoader(
             *(
