@@ -269,7 +269,8 @@ def draw(summary: Mapping[str, Any], num_seeds: int, path: Path) -> None:
         ylabel="Fréchet distance (fresh seeds)",
         title=f"Next-scale model of digits: mean and deviation over {num_seeds} seeds",
     )
-    axis.legend(frameon=False)
+    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
+    axis.legend(frameon=False, ncols=2, loc="upper right")
     axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -284,6 +285,7 @@ def main(argv: list[str]) -> None:
         "num_samples": _SAMPLES.value,
     }
     out, workdir = Path(_OUT.value), Path(_WORKDIR.value)
+    whole = not workdir.exists()  # otherwise some of the work was done before
     out.mkdir(parents=True, exist_ok=True)
     config = digits_tokenizer.get_config()
     config.num_steps = config.optimizer.decay_steps = _STEPS.value
@@ -301,7 +303,7 @@ def main(argv: list[str]) -> None:
         result = {
             "command": " ".join(["python -m experiments.studies.ddo_tokens", *arguments]),
             **settings,
-            "minutes": round((time.monotonic() - started) / 60, 1),
+            "minutes": round((time.monotonic() - started) / 60, 1) if whole else None,
             "summary": summary,
             "rows": rows,
         }
