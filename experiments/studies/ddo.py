@@ -216,8 +216,9 @@ def run_seed(seed: int, workdir: Path, rounds: int, settings: Mapping[str, int])
     )
     # The spread of the evaluation itself: the same model on other seeds.
     repeats = [model.distance(model.variables, (2 + i) * settings["num_samples"]) for i in range(4)]
-    ddo = play(model, workdir / "ddo", rounds)
-    spin = play(model, workdir / "spin", rounds, loss="spin", alpha=(1.0,), beta=(0.1, 0.5, 2.0))
+    betas = (0.1, 0.5, 2.0)
+    ddo = play(model, workdir / "ddo", rounds, alpha=(4.0,), beta=betas)
+    spin = play(model, workdir / "spin", rounds, loss="spin", alpha=(1.0,), beta=betas)
     mle = model.choose(continued(model, workdir / "mle", rounds), model.distance)
     on_own = self_trained(model, workdir / "self_trained")
     extrapolated = {
