@@ -19,7 +19,8 @@ def test_every_notebook_is_tested():
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_notebook_runs_from_top_to_bottom(name, tmp_path):
+def test_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one device
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     (parameters,) = [
         cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
