@@ -14,7 +14,8 @@ DDO (arXiv 2503.01103) is compared, at the same cost of sampling, with
 Each alternative is chosen, over its own grid and its checkpoints, on the seeds that DDO is chosen
 on, and reported on fresh ones. The claim under test: Frechet distance falls by at least 15 % in at
 most 4 rounds, each of less than 5 % of pretraining, and below continued MLE by more than three
-standard deviations of the evaluation. Writes ddo.json and ddo.png.
+standard deviations of the evaluation. Writes ddo.json, ddo.png, and ddo_curves.png: what the
+rounds of the first seed logged.
 """
 
 import json
@@ -296,6 +297,48 @@ def draw(rows: list[dict[str, Any]], summary: Mapping[str, Any], path: Path) -> 
     plt.close(figure)
 
 
+def draw_curves(workdir: Path, rounds: int, path: Path) -> None:
+    """What the chosen members of a seed's rounds logged while they trained, round after round."""
+    panels = {
+        "mean log-ratio": {"delta_real_mean": "data", "delta_fake_mean": "samples"},
+        "accuracy of the discriminator": {"accuracy": None},
+        "squared error on the data": {"mle_loss": None},
+    }
+    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(12.8, 3.0), layout="constrained")
+    start = 0
+    for index in range(1, rounds + 1):
+        grid = workdir / f"round_{index}" / "grid"
+        result = json.loads((grid.parent / "result.json").read_text())
+        members = json.loads((grid / "config.json").read_text())["members"]
+        member = members.index([result["alpha"], result["beta"]])
+        rows = training.read_metrics(grid)
+        logged = [row for row in rows if "loss" in row]
+        for axis, names in zip(axes, panels.values(), strict=False):
+            for number, (name, label) in enumerate(names.items()):
+                axis.plot(
+                    [start + row["step"] for row in logged],
+                    [row[f"{name}/{member}"] for row in logged],
+                    color=f"C{number}",
+                    label=label if index == 1 else None,
+                )
+        scored = [row for row in rows if "eval/frechet" in row]
+        axes[-1].plot(
+            [start + row["step"] for row in scored],
+            [row[f"eval/frechet/{member}"] for row in scored],
+            color="C0",
+            marker=".",
+        )
+        axes[-1].plot(start + result["step"], result["selection"], color="C1", marker="o")
+        start += logged[-1]["step"]
+    for axis, title in zip(axes, [*panels, "Fréchet distance (selection)"], strict=True):
+        axis.set(title=title, xlabel="step, all rounds")
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    axes[-1].set_ylim(0, None)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main(argv: list[str]) -> None:
     quiet_libraries()
     started = time.monotonic()
@@ -323,6 +366,7 @@ def main(argv: list[str]) -> None:
         }
         (out / "ddo.json").write_text(json.dumps(result, indent=1) + "\n")
         draw(rows, summary, out / "ddo.png")
+    draw_curves(Path(_WORKDIR.value) / "seed0" / "ddo", _ROUNDS.value, out / "ddo_curves.png")
     print(json.dumps(summary, indent=1))
     print(f"written to {out}/ddo.json and .png")
 

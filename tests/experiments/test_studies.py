@@ -53,6 +53,7 @@ def test_ddo_study_compares_every_alternative(tmp_path):
     assert set(result["summary"]["mean"]) == arms
     assert all(value > 0 for value in result["summary"]["mean"].values())
     assert (tmp_path / "ddo.png").stat().st_size > 10_000
+    assert (tmp_path / "ddo_curves.png").stat().st_size > 10_000
 
 
 def test_token_study_compares_every_alternative(tmp_path):
