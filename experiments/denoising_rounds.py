@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jaxtyping import Array, Int
 
 from experiments import images
 from experiments.building import construct
 from experiments.fine_tuning import LOSSES, FineTuning
+from experiments.recorded_reference import on_recorded_draws
 from genjax_lab import objectives, processes
 from genjax_lab.networks import EDM2UNet, normalize_weights
 
@@ -38,24 +38,24 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
     unguided.guidance.scale = 1.0
     source = images.build(unguided)
 
-    def process_of(round):
+    def process_of(index):
         fields: dict[str, Any] = dict(model.process)
         for start, changes in sorted(config.process_from_round.items(), key=lambda x: int(x[0])):
-            if round >= int(start):
+            if index >= int(start):
                 fields |= dict(changes)
         return construct(processes, fields, "process")
 
     draws = {"num_draws": config.num_draws, "antithetic": config.antithetic}
 
-    def reference_terms(variables, batch, number, round):
-        """[batch, recorded_draws, num_draws]"""
+    def record(variables, batch, seeds, index):
         label = batch["label"] if model.data.num_classes else None
         of_seeds = functools.partial(
             objectives.seeded_log_likelihoods,
-            *(network.apply, process_of(round), variables, batch["image"], label),
+            *(network.apply, process_of(index), variables, batch["image"], label),
             **draws,
         )
-        return jnp.stack([of_seeds(seeds) for seeds in _seeds(number, config.recorded_draws).T], 1)
+        terms = jax.lax.map(of_seeds, seeds.T)
+        return {"seeds": seeds, "reference_terms": jnp.moveaxis(terms, 0, 1)}
 
     def objective(alpha, beta, index):
         if config.loss not in LOSSES:
@@ -71,7 +71,7 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
             **draws,
         )
         if config.recorded_draws:
-            grid = on_recorded(grid)
+            grid = on_recorded_draws(grid)
         return grid if model.data.num_classes else images.without_labels(grid)
 
     project = None
@@ -81,28 +81,6 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
         objective=objective,
         draw=functools.partial(source.sample, progress=config.progress),
         origin={name: model[name].to_dict() for name in ("sampler", "process")},
-        reference_terms=reference_terms,
+        record=record,
         project=project,
     )
-
-
-def _seeds(number: Int[Array, "batch"], recorded_draws: int) -> Int[Array, "batch recorded_draws"]:
-    """Seeds of the draws of the images and samples of these numbers, all different."""
-    return number[:, None] * recorded_draws + jnp.arange(recorded_draws)
-
-
-def on_recorded(objective: objectives.Objective) -> objectives.Objective:
-    """The objective with one of the recorded draws of each image and sample, at random."""
-
-    def on_one_of_them(variables, batch, key):
-        batch = dict(batch)
-        for stream, kind in enumerate(("", "fake_")):
-            terms = batch[f"{kind}reference_terms"]
-            rows, count = terms.shape[:2]
-            chosen = jax.random.randint(jax.random.fold_in(key, stream), (rows,), 0, count)
-            seeds = _seeds(batch.pop(f"{kind}number"), count)
-            batch[f"{kind}seed"] = jnp.take_along_axis(seeds, chosen[:, None], 1)[:, 0]
-            batch[f"{kind}reference_terms"] = terms[jnp.arange(rows), chosen]
-        return objective(variables, batch, key)
-
-    return on_one_of_them

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
+from experiments.recorded_reference import Record
 from genjax_lab import objectives
 from genjax_lab.objectives import Objective
 from genjax_lab.training import TrainState
@@ -33,13 +34,13 @@ class FineTuning(NamedTuple):
         draw: `(state, seeds) -> iterable of (seeds, samples)`, a round's pool; None if the
             objective draws for itself.
         origin: what beside weights, data and seeds decides these samples, as JSON values.
-      reference_terms: `(variables, batch, number, round) -> [batch, ...]`: what `objective` finds
-        as "reference_terms" beside the "number" of an image or sample when recorded_draws > 0.
-        project: of `genjax_lab.training.SelfPlay`.
+      record: evaluates the reference beforehand, where recorded_draws > 0: see
+        `recorded_reference`.
+      project: of `genjax_lab.training.SelfPlay`.
     """
 
     objective: Callable[..., Objective]
     draw: Callable[[TrainState, range], Iterable[tuple[np.ndarray, Any]]] | None
     origin: Mapping[str, Any]
-    reference_terms: Callable[..., Float[Array, "batch ..."]]
+    record: Record
     project: Callable[[PyTree], PyTree] | None = None

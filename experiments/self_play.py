@@ -6,9 +6,9 @@ Beside the fields of the rounds (`genjax_lab.training.default_self_play_config`)
               last if None); network, process, data, sampler and evaluation are those of that run
   loss        one of `experiments.fine_tuning.LOSSES`; "ddo" or "ddo_normalized" for tokens
   recorded_draws
-              0 evaluates the reference in every step. K > 0 evaluates it once for a round, on each
-              image and sample: with K draws of (t, noise), of which a step takes one at random; or
-              exactly, for tokens, where K is 1
+              0 evaluates the reference in every step; K > 0 beforehand, on every image and sample:
+              with K sets of draws of (t, noise), of which a step takes one at random, or exactly,
+              for tokens, where K is 1; see `recorded_reference`
   sampler, evaluation
               changes of the base run's fields of these names
   optimizer   as for images, anew in every round; decay_steps count within the round
@@ -17,21 +17,19 @@ and those of `denoising_rounds`, for base runs of images, and `token_rounds`, of
 result is a run of the base run's domain again: `evaluate.py` and `sample.py` take its directory.
 """
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections.config_dict import placeholder
 
 import experiments
 from experiments import denoising_rounds, token_rounds
 from experiments.building import default_optimizer, make_optimizer
 from experiments.image_data import labels_of_seeds, make_batches
+from experiments.recorded_reference import with_recorded
 from genjax_lab import data
 from genjax_lab.parallel import make_mesh, process_share
 from genjax_lab.training import (
@@ -146,15 +144,17 @@ def of_model(
         shard, count = process_share(mesh)
         parts = loaders(pool, seed, shard_index=shard, shard_count=count)
         if config.recorded_draws:
-            terms = functools.partial(tuning.reference_terms, round=index)
             once = {"num_epochs": 1, "shuffle": False, "drop_remainder": False}
             once |= {"shard_index": 0, "shard_count": 1}
-            first = 0
             for kind, epoch in enumerate(loaders(pool, seed, **once)):
-                parts[kind] = parts[kind].with_columns(
-                    _recorded(terms, reference, epoch, first, mesh)
+                draws = np.random.default_rng([seed, kind]).integers(
+                    2**31, size=(epoch.num_examples, config.recorded_draws), dtype=np.int32
                 )
-                first += epoch.num_examples
+                parts[kind] = with_recorded(
+                    *(parts[kind], epoch, tuning.record, reference, draws, index),
+                    mesh=mesh,
+                    compute_dtype=config.compute_dtype,
+                )
         return parts[0] if pool is None else data.PairedLoader(*parts, labels=bool(num_classes))
 
     def score(variables, seeds):
@@ -175,16 +175,3 @@ def of_model(
         score=score,
         project=tuning.project,
     )
-
-
-def _recorded(terms, reference, epoch: data.Loader, first: int, mesh) -> dict[str, np.ndarray]:
-    """Columns of an epoch's examples: their numbers, from `first` on, and the reference's terms."""
-    compiled = jax.jit(terms, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    number = np.arange(first, first + epoch.num_examples, dtype=np.int32)
-    parts = []
-    for batch in epoch:
-        rows = len(batch["image"])
-        parts.append(
-            np.asarray(compiled(reference, batch, number[:rows] + epoch.batch_size * len(parts)))
-        )
-    return {"number": number, "reference_terms": np.concatenate(parts)}

@@ -41,6 +41,8 @@ DEFAULTS = {
     "label_dropout": 0.1,
     "uncond_mode": "alpha0",
 }
+# Entries of the objective's batch by those of a batch with a recorded reference.
+_RECORDED = {"tokens": "recorded_tokens", "reference_terms": "reference_terms"}
 _LOSSES = {"ddo": False, "ddo_normalized": True}
 
 
@@ -71,9 +73,9 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
         num_classes, config.label_dropout if num_classes else 0.0, config.uncond_mode
     )
 
-    def reference_terms(variables, batch, number, round):
-        """[batch, 1]; [batch, 2], with their label and without any, where labels are dropped."""
-        del number, round
+    def record(variables, batch, seeds, index):
+        """Tokens, and terms [batch, 1]; [batch, 2], without label too, where labels are dropped."""
+        del seeds, index
         tokenizer = variables["tokenizer"]
         if "tokens" in batch and not config.fake_roundtrip:
             tokens = batch["tokens"]
@@ -85,7 +87,7 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
             labels.append(jnp.full_like(batch["label"], num_classes))
         parameters = {"params": variables["params"]}
         terms = [log_likelihood(parameters, tokens, (label, inputs)) for label in labels]
-        return jnp.stack(terms, axis=1)
+        return {"reference_terms": jnp.stack(terms, axis=1), "recorded_tokens": tokens}
 
     def objective(alpha, beta, index):
         del index
@@ -103,10 +105,17 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
         def of_images(variables, batch, key):
             key, drawing = jax.random.split(key)
             tokenizer = variables["tokenizer"]
-            rows = {
-                "tokens": codec.encode(tokenizer, batch["image"]),
-                "fake_tokens": fakes(variables["reference"], batch, drawing),
-            }
+            if config.recorded_draws:
+                rows = {
+                    f"{kind}{name}": batch[f"{kind}{recorded}"]
+                    for kind in ("", "fake_")
+                    for name, recorded in _RECORDED.items()
+                }
+            else:
+                rows = {
+                    "tokens": codec.encode(tokenizer, batch["image"]),
+                    "fake_tokens": fakes(variables["reference"], batch, drawing),
+                }
             rows |= {
                 name: codec.inputs(tokenizer, rows[tokens])
                 for name, tokens in (("inputs", "tokens"), ("fake_inputs", "fake_tokens"))
@@ -114,8 +123,6 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
             if num_classes:  # samples that are drawn online have the labels of the batch
                 rows["label"] = batch["label"]
                 rows["fake_label"] = batch.get("fake_label", batch["label"])
-            if config.recorded_draws:
-                rows |= {name: batch[name] for name in ("reference_terms", "fake_reference_terms")}
             networks = {
                 "params": variables["params"],
                 "reference": {"params": variables["reference"]["params"]},
@@ -129,7 +136,7 @@ def build(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -
         draw=None if config.fake_online else _pool_of(config, source, network, codec),
         origin={name: _plain(source[name]) for name in ("sampler", "tokenizer")}
         | {name: config[name] for name in DEFAULTS},
-        reference_terms=reference_terms,
+        record=record,
     )
 
 

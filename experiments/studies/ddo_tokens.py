@@ -230,7 +230,7 @@ def run_seed(
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and deviations over seeds, and which arms are below continued MLE for all seeds."""
+    """Means and deviations over seeds, and how far each arm is below continued MLE."""
     arms = [name for name, value in rows[0].items() if isinstance(value, dict)]
     table = {}
     for arm in arms:

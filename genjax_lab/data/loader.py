@@ -125,15 +125,17 @@ class Loader(Iterator[Batch]):
             columns: new entries of the batches, `[num_examples, ...]`, in the order of the split.
 
         Raises:
-            ValueError: If a column has another length.
+            ValueError: If a column has another length, or the name of an entry that there is.
         """
+        order, read, info, transforms, prefetch = self._stages
+        if taken := sorted(set(columns) & set(read(np.zeros(1, np.int64)))):
+            raise ValueError(f"columns have the names {taken} of entries that the batches have.")
         for name, column in columns.items():
             if len(column) != self.num_examples:
                 raise ValueError(
                     f"columns[{name!r}] must be [{self.num_examples}, ...], one row for each "
                     f"example, got {list(np.shape(column))}."
                 )
-        order, read, info, transforms, prefetch = self._stages
 
         def wider(indices: Int64[np.ndarray, "batch"]) -> Batch:
             return read(indices) | {name: column[indices] for name, column in columns.items()}

@@ -2,9 +2,10 @@
 
 The log-ratio of an image is E_{t, eps}[r], r the difference of two denoising errors at the same
 noisy image. The paper takes one draw of (t, eps) outside the sigmoid, a bound by Jensen's
-inequality; the mean of several draws inside it is a tighter one. The same draws serve image i and
-sample i, network and reference. Images and samples are evaluated as one batch of twice the rows, in
-pairs, so that a mesh that cuts the batch keeps each pair, and as many of both, on one device.
+inequality; the mean of several draws inside it is a tighter one. The same draws serve network and
+reference, and, unless they are given by seed, image i and sample i. Images and samples are
+evaluated as one batch of twice the rows, in pairs, so that a mesh that cuts the batch keeps each
+pair, and as many of both, on one device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -286,7 +287,9 @@ def _deltas(ratios: Float[Array, "batch draws two"], inside: bool) -> tuple[Arra
     return ratios[:, 0], ratios[:, 1]
 
 
-def reference_terms(batch: Mapping[str, Array], rows: int, count: int) -> Array | None:
+def reference_terms(
+    batch: Mapping[str, Array], rows: int, count: int, meaning: str
+) -> Array | None:
     """Recorded log-likelihoods of the reference, [rows, count, 2], or None if there are none.
 
     Raises:
@@ -299,7 +302,7 @@ def reference_terms(batch: Mapping[str, Array], rows: int, count: int) -> Array 
         if term.shape != (rows, count) and (term.shape != (rows,) or count > 1):
             raise ValueError(
                 "batch['reference_terms'] and ['fake_reference_terms'] must be "
-                f"[{rows}, {count}], got {list(term.shape)}"
+                f"[{rows}, {count}], {meaning}, got {list(term.shape)}"
             )
     return jax.lax.stop_gradient(jnp.stack([term.reshape(rows, count) for term in terms], -1))
 
@@ -314,7 +317,7 @@ def require_reference(reference: PyTree | None) -> None:
 
 
 def _recorded(batch: Mapping[str, Array], num_draws: int) -> Array | None:
-    recorded = reference_terms(batch, len(batch["image"]), num_draws)
+    recorded = reference_terms(batch, len(batch["image"]), num_draws, "one for each of num_draws")
     if recorded is not None and "seed" not in batch:
         raise ValueError(
             'batch has recorded reference terms, and must have the entries "seed" and '

@@ -223,12 +223,20 @@ def _recorded(
     kept: Float[Array, "batch"] | None,
 ) -> Float[Array, "batch two"] | None:
     """Recorded terms of the reference for data and samples, or None."""
+    if draw is not None:
+        if "reference_terms" in batch:
+            raise ValueError(
+                "batch has recorded reference terms, which know of no draws: leave out `draw`, or "
+                "these entries"
+            )
+        return None
     replaced = kept is not None and dropout.null_label is not None
-    recorded = reference_terms(batch, len(batch["tokens"]), 2 if replaced else 1)
+    recorded = reference_terms(
+        *(batch, len(batch["tokens"]), 2 if replaced else 1),
+        "with label and with null_label" if replaced else "one for each row",
+    )
     if recorded is None:
         return None
-    if draw is not None:
-        raise ValueError("batch has recorded reference terms, which belong to no draws: no `draw`")
     return jnp.where(kept[:, None] > 0, *recorded.swapaxes(0, 1)) if replaced else recorded[:, 0]
 
 

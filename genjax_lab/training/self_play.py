@@ -69,7 +69,7 @@ class SelfPlay(NamedTuple):
         optimizer: made anew for every round.
         batches: `(pool, seed, reference, round) -> iterator` over the real data and the pool side
             by side; over the real data alone where `pool` is None. `reference` are the round's
-            frozen variables, of which batches may hold what was computed once.
+            frozen variables, of which batches may hold what was computed beforehand.
         score: `(variables, seeds) -> {metric: value}` of samples drawn for these seeds; infinite
             for a model that has diverged.
         project: see `make_train_step`, for one member.

@@ -214,6 +214,8 @@ def test_columns_stay_with_their_examples(digits, in_memory):
     assert wider.get_state() == plain.get_state()
     with pytest.raises(ValueError, match=r"columns\['brightness'\].*\[3, 2\]"):
         plain.with_columns({"brightness": np.zeros((3, 2))})
+    with pytest.raises(ValueError, match=r"\['label'\]"):
+        plain.with_columns({"label": np.zeros(len(brightness))})
 
 
 def test_arrays_without_labels_have_no_classes():

@@ -160,7 +160,7 @@ def small(config, **fields):
 
 
 NETWORKS = {
-    "DiT": small(mnist5k_dit.get_config(), width=64, depth=1, num_heads=2, patch_size=7),
+    "DiT": small(mnist5k_dit.get_config(), width=64, depth=1, num_heads=2),
     "SongUNet": small(mnist5k_edm.get_config(), model_channels=48, channel_mult=(1,)),
 }
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
+import optax
 import pytest
 
 import experiments
 from configs import digits_ddo, digits_edm
-from experiments import denoising_rounds, self_play
+from experiments import self_play
+from experiments.recorded_reference import on_recorded_draws
 from genjax_lab.training import restore, train
 
 ROOT = Path(__file__).parents[2]
@@ -153,37 +155,56 @@ def test_late_rounds_may_widen_the_noise(base):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize(("num_draws", "recorded"), [(1, 3), (2, 1)])
+@pytest.mark.parametrize(("num_draws", "recorded", "dtype"), [(1, 3, None), (2, 1, "bfloat16")])
 def test_recorded_terms_give_the_ratios_of_the_reference_at_the_recorded_draws(
-    base, num_draws, recorded
+    base, num_draws, recorded, dtype
 ):
     config = digits_ddo.get_config()
     config.update({"base": str(base), "num_draws": num_draws, "recorded_draws": recorded})
-    config.update({"batch_size": 32, "alpha": (2.0,), "beta": (0.5,)})
+    config.update({"batch_size": 32, "compute_dtype": dtype})
     config.mesh.data = 1
     parts, _ = self_play.build(config)
     rng = np.random.default_rng(0)
-    pool = {
-        "image": rng.integers(0, 17, (40, 8, 8, 1), np.uint8),
-        "label": rng.integers(0, 10, 40),
-    }
+    images, labels = rng.integers(0, 17, (40, 8, 8, 1), np.uint8), rng.integers(0, 10, 40)
+    pool = {"image": images, "label": labels}
     batch = next(parts.batches(pool, 0, parts.variables, 1))
-    assert batch["fake_number"].min() >= 1442 > batch["number"].max()  # training images
     assert batch["fake_reference_terms"].shape == (32, recorded, num_draws)
-    moved = jax.tree.map(lambda x: 1.1 * x[None], parts.variables["params"])
-    variables = {**parts.variables, "params": moved, "reference": parts.variables}
-    objective = parts.objective((2.0,), (0.5,), 1)
-    loss, _ = jax.jit(objective)(variables, batch, jax.random.key(3))
+    assert not set(batch["seeds"].ravel()) & set(batch["fake_seeds"].ravel())
 
     # The same draws, with the reference evaluated on them.
     seen = {}
-    denoising_rounds.on_recorded(lambda v, b, key: seen.update(b))({}, batch, jax.random.key(3))
-    assert len({*np.array(seen["seed"]) % recorded}) == recorded
-    plain = {k: v for k, v in seen.items() if "reference" not in k}
+    key = jax.random.key(3)
+    on_recorded_draws(lambda variables, batch, key: seen.update(batch))({}, batch, key)
+    columns = np.argwhere(batch["seeds"] == np.asarray(seen["seed"])[:, None])
+    assert len(columns) == 32 and set(columns[:, 1]) == set(range(recorded))
+    reference = jax.tree.map(np.asarray, optax.tree.cast(parts.variables, dtype))
+    moved = jax.tree.map(lambda x: 1.1 * x[None], reference["params"])
+    variables = {**reference, "params": moved, "reference": reference}
+    loss, _ = jax.jit(parts.objective((2.0,), (0.5,), 1))(variables, batch, key)
+    plain = {name: value for name, value in seen.items() if "reference" not in name}
     config.recorded_draws = 0
     objective = self_play.build(config)[0].objective((2.0,), (0.5,), 1)
     expected, _ = jax.jit(objective)(variables, plain, jax.random.key(4))
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def test_every_round_records_its_own_reference_under_its_own_process(base, tmp_path):
+    """On two devices; else the ratios of the second round would not start at zero."""
+    config = digits_ddo.get_config()
+    config.base = str(base)
+    short = {"num_steps": 1, "steps_per_call": 1, "log_every": 1, "eval_every": 1}
+    config.update_from_flattened_dict(SMALL | short | {"checkpoint_every": 1, "progress": False})
+    config.update({"recorded_draws": 2, "process_from_round": {"2": {"log_sigma_std": 3.0}}})
+    config.alpha = (1.0,)
+    config.ema.ema.half_life_images = 10.0
+    config.mesh.data = 2
+    experiments.run(config, tmp_path)
+    kept = [restore(tmp_path, step).state.params for step in (0, 1)]
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), *kept)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    row = json.loads((tmp_path / "round_2/grid/metrics.jsonl").open().readline())
+    for name in ("delta_real_mean/0", "delta_fake_mean/0", "delta_real_std/0"):
+        assert abs(row[name]) < 1e-3
 
 
 def test_recorded_draws_need_images_as_they_are(base):

@@ -155,14 +155,17 @@ def test_a_pool_holds_images_as_the_data_and_the_tokens_that_they_were(runs):
 
 @pytest.mark.parametrize("fakes", ["pool", "tokens"])
 def test_recorded_terms_give_the_loss_of_the_reference(runs, fakes):
-    losses = []
+    losses, pool = [], None
     for recorded in (0, 1):
         parts, _ = self_play.build(rounds(runs, recorded_draws=recorded, **FAKES[fakes]))
-        batch = next(parts.batches(drawn_pool(parts), 0, parts.variables, 1))
+        pool = pool or drawn_pool(parts)
+        batch = next(parts.batches(pool, 0, parts.variables, 1))
         assert ("reference_terms" in batch) == bool(recorded)
         moved = jax.tree.map(lambda x: 1.1 * x[None], parts.variables["params"])
         variables = {**parts.variables, "params": moved, "reference": parts.variables}
         objective = jax.jit(parts.objective((4.0,), (0.1,), 1))
+        if recorded:  # these are what the step sees
+            batch |= {name: np.zeros_like(batch[name]) for name in ("image", "fake_image")}
         losses.append(float(objective(variables, batch, jax.random.key(0))[0]))
     np.testing.assert_allclose(*losses, rtol=1e-5)
 

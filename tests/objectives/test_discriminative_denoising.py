@@ -318,7 +318,7 @@ def test_sharded_loss_and_gradient_equal_those_of_one_device(variables):
         ),
         (
             {f"{x}reference_terms": np.zeros(3, np.float32) for x in ("", "fake_")},
-            r"\[16, 1\].*\[3\]",
+            r"\[16, 1\].*num_draws.*\[3\]",
         ),
     ],
 )
