@@ -3,10 +3,11 @@
     python -m experiments.studies.ddo [--seeds=3] [--rounds=4] [--out=experiments/results]
 
 For every seed: a small network is trained by EDM's objective until more steps help little; then
-DDO (arXiv 2503.01103) is compared, at the same cost of sampling, with
+DDO (arXiv 2503.01103), with alpha = 4 and three values of beta, is compared, at the same cost of
+sampling, with
 
   continued MLE     the same objective for as many steps as all rounds together, of twice the batch
-  SPIN              rounds with the pairwise loss on the same pools (arXiv 2401.01335)
+  SPIN              rounds with the pairwise loss and the same values of beta (arXiv 2401.01335)
   Neon              theta = ref + gain (ref - theta trained on its own samples) (arXiv 2510.03597)
   autoguidance      at twice the cost of sampling: extrapolated from an early checkpoint
                     (arXiv 2406.02507)
@@ -292,7 +293,7 @@ def draw(rows: list[dict[str, Any]], summary: Mapping[str, Any], path: Path) -> 
     )
     axis.set_xticks(range(len(rows[0]["ddo"]) + 1))
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    axis.legend(framealpha=1)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -342,6 +343,7 @@ def draw_curves(workdir: Path, rounds: int, path: Path) -> None:
 def main(argv: list[str]) -> None:
     quiet_libraries()
     started = time.monotonic()
+    whole = not Path(_WORKDIR.value).exists()  # otherwise some of the work was done before
     settings = {
         "num_steps": _STEPS.value,
         "round_steps": _ROUND_STEPS.value,
@@ -356,7 +358,7 @@ def main(argv: list[str]) -> None:
         rows.append(run_seed(seed, Path(_WORKDIR.value) / f"seed{seed}", _ROUNDS.value, settings))
         summary = summarise(rows)
         print(json.dumps(rows[-1]), flush=True)
-        minutes = round((time.monotonic() - started) / 60, 1)
+        minutes = round((time.monotonic() - started) / 60, 1) if whole else None
         result = {
             "command": command,
             **settings,
@@ -368,7 +370,7 @@ def main(argv: list[str]) -> None:
         draw(rows, summary, out / "ddo.png")
     draw_curves(Path(_WORKDIR.value) / "seed0" / "ddo", _ROUNDS.value, out / "ddo_curves.png")
     print(json.dumps(summary, indent=1))
-    print(f"written to {out}/ddo.json and .png")
+    print(f"written to {out}/ddo.json, .png and ddo_curves.png")
 
 
 if __name__ == "__main__":
