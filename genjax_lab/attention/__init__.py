@@ -10,7 +10,31 @@ from collections.abc import Callable
 from jaxtyping import Array
 
 from genjax_lab.attention.dense import dense_attention
+from genjax_lab.attention.merging import merge_attentions
+from genjax_lab.attention.neighborhood import neighborhood_attention
+from genjax_lab.attention.simulator import SimResult, roofline_seconds, simulate, suggest
+from genjax_lab.attention.windows import (
+    NeighborhoodSpec,
+    adaptive_spec,
+    neighborhood_mask,
+    query_bounds,
+    window_bounds,
+)
 
-__all__ = ["AttentionFunction", "dense_attention"]
+__all__ = [
+    "AttentionFunction",
+    "NeighborhoodSpec",
+    "SimResult",
+    "adaptive_spec",
+    "dense_attention",
+    "merge_attentions",
+    "neighborhood_attention",
+    "neighborhood_mask",
+    "query_bounds",
+    "roofline_seconds",
+    "simulate",
+    "suggest",
+    "window_bounds",
+]
 
 AttentionFunction = Callable[[Array, Array, Array], Array]
