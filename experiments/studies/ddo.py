@@ -130,6 +130,7 @@ def play(model: Model, workdir: Path, rounds: int, **changes: Any) -> list[Score
     config.base = str(model.directory)
     config.rounds = rounds
     config.num_steps = model.settings["round_steps"]
+    config.log_every = min(config.log_every, config.num_steps)
     config.selection_seeds = config.fresh_seeds = model.settings["num_samples"]
     config.progress = False
     config.seed = model.config.seed
