@@ -49,6 +49,8 @@ $(VENV)/.oracles: $(VENV)/.tested-with
 	$(PIP) --editable '.[test,oracles]'
 	# What these require (an old numpy; torchvision) is not needed for the networks that tests read.
 	$(PIP) --no-deps nvidia-modulus==0.5.0 nvtx torch-fidelity==0.4.0 treelib
+	# Built without CUDA, against the PyTorch that is there.
+	$(PIP) --no-deps --no-build-isolation natten==0.21.7
 	@touch $@
 
 clean:

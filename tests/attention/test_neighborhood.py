@@ -81,6 +81,31 @@ def test_outputs_and_lses_are_those_of_a_masked_softmax(name):
     )
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["line", "strided line", "causal line", "image", "video"])
+@pytest.mark.filterwarnings("ignore")  # of flex attention, about running without a compiler
+def test_outputs_and_lses_are_those_of_the_original(name):
+    reason = "run `make oracles` for comparisons with PyTorch"
+    torch = pytest.importorskip("torch", reason=reason)
+    natten = pytest.importorskip("natten", reason=reason)
+    grid, spec = CASES[name]
+    made = arrays(grid, heads=4, kv_heads=4, head_dim=16, value_dim=16)
+    original = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}[len(grid)]
+    windows = spec.axes(grid)
+    expected = original(
+        *(torch.from_numpy(value) for value in made.values()),
+        kernel_size=tuple(axis.window for axis in windows),
+        stride=tuple(axis.stride for axis in windows),
+        dilation=tuple(axis.dilation for axis in windows),
+        is_causal=tuple(axis.is_causal for axis in windows),
+        backend="flex-fna",
+        return_lse=True,
+    )
+    found = attend(**made, spec=spec, return_lse=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), atol=5e-6)
+
+
 def test_windows_of_whole_axes_are_dense_attention():
     made = arrays((4, 5), heads=4)
     spec = NeighborhoodSpec((4, 5), (3, 2))
