@@ -34,9 +34,9 @@ class FineTuning(NamedTuple):
         draw: `(state, seeds) -> iterable of (seeds, samples)`, a round's pool; None if the
             objective draws for itself.
         origin: what beside weights, data and seeds decides these samples, as JSON values.
-      record: evaluates the reference beforehand, where recorded_draws > 0: see
-        `recorded_reference`.
-      project: of `genjax_lab.training.SelfPlay`.
+        record: evaluates the reference beforehand, where recorded_draws > 0: see
+            `recorded_reference`.
+        project: of `genjax_lab.training.SelfPlay`.
     """
 
     objective: Callable[..., Objective]

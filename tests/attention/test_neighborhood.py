@@ -15,6 +15,7 @@ from genjax_lab.attention import (
     neighborhood_attention,
     neighborhood_mask,
 )
+from genjax_lab.networks import DiT
 
 attend = jax.jit(neighborhood_attention, static_argnames=("spec", "return_lse"))
 CASES = {
@@ -272,8 +273,6 @@ def test_inner_queries_move_with_the_input_by_multiples_of_the_stride():
 
 
 def test_networks_take_it_as_their_attention():
-    from genjax_lab.networks import DiT
-
     grid = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
     options = {"patch_size": 2, "width": 16, "depth": 1, "num_heads": 2}
     spec = NeighborhoodSpec(4, 4)

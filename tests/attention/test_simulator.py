@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from random_windows import random_spec
 
 from genjax_lab.attention import NeighborhoodSpec, neighborhood_mask, simulate, suggest
 from genjax_lab.attention.simulator import roofline_seconds
@@ -54,18 +55,8 @@ def test_flat_tiles_make_windows_of_images_pay_three_times(stride):
 
 def random_case(rng):
     grid = tuple(int(n) for n in rng.integers(2, 9, rng.integers(1, 4)))
-    fields = {"window": [], "stride": [], "dilation": [], "is_causal": [], "border": []}
-    for length in grid:
-        dilation = int(rng.integers(1, min(length, 2) + 1))
-        window = int(rng.integers(1, length // dilation + 1))
-        fields["window"].append(window)
-        fields["stride"].append(int(rng.integers(1, window + 1)))
-        fields["dilation"].append(dilation)
-        fields["is_causal"].append(bool(rng.random() < 0.3))
-        fields["border"].append(("shift", "mask")[rng.integers(2)])
-    spec = NeighborhoodSpec(**{name: tuple(value) for name, value in fields.items()})
     tiles = [tuple(int(edge) for edge in rng.integers(1, 5, len(grid))) for _ in range(2)]
-    return grid, spec, *tiles
+    return grid, random_spec(rng, grid), *tiles
 
 
 def count_one_by_one(grid, spec, q_tile, kv_tile):

@@ -1,9 +1,8 @@
 """Windows of generalized neighborhood attention: definition, intervals and what falls out."""
 
-import itertools
-
 import numpy as np
 import pytest
+from random_windows import random_spec
 
 from genjax_lab.attention import (
     NeighborhoodSpec,
@@ -150,19 +149,6 @@ def test_mean_keys_counts_the_mask():
         assert mean_keys(grid, spec) == pytest.approx(expected)
 
 
-def random_spec(rng, grid, borders=("shift", "mask")):
-    fields = {name: [] for name in ("window", "stride", "dilation", "is_causal", "border")}
-    for length in grid:
-        dilation = int(rng.integers(1, min(length, 3) + 1))
-        window = int(rng.integers(1, length // dilation + 1))
-        fields["window"].append(window)
-        fields["stride"].append(int(rng.integers(1, window + 1)))
-        fields["dilation"].append(dilation)
-        fields["is_causal"].append(bool(rng.random() < 0.3))
-        fields["border"].append(borders[rng.integers(len(borders))])
-    return NeighborhoodSpec(**{name: tuple(value) for name, value in fields.items()})
-
-
 def test_adaptive_windows_follow_the_grid():
     spec = NeighborhoodSpec((-1, 12, 24), (1, 4, 8))
     assert adaptive_spec(spec, (24, 44, 80), (-1, 44, 80)) == NeighborhoodSpec(
@@ -209,5 +195,5 @@ def test_windows_that_go_round_have_no_inverse_intervals():
 
 
 def test_every_key_is_seen():
-    for length, window, stride in itertools.islice(every_window(10), None):
+    for length, window, stride in every_window(10):
         assert axis_mask(AxisWindow(length, window, stride)).any(axis=0).all()
