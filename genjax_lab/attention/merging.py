@@ -43,7 +43,7 @@ def merge_attentions(
     # Whatever is subtracted cancels; 0 stands in for -inf so that no gradient is NaN.
     top = jnp.max(jnp.where(is_empty, jnp.finfo(exact).min, lse), axis=0)
     top = jnp.where(jnp.all(is_empty, axis=0), 0, top)
-    weights = jnp.where(is_empty, 0, jnp.exp(jnp.where(is_empty, 0, lse - top)))
+    weights = jnp.exp(lse - top)
     total = jnp.sum(weights, axis=0)
     nothing = total == 0
     safe = jnp.where(nothing, 1, total)
