@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from genjax_lab.attention.dense import dense_attention
 from genjax_lab.attention.merging import merge_attentions
-from genjax_lab.attention.neighborhood import neighborhood_attention
+from genjax_lab.attention.neighborhood import box_tile, neighborhood_attention
 from genjax_lab.attention.simulator import SimResult, roofline_seconds, simulate, suggest
 from genjax_lab.attention.windows import (
     NeighborhoodSpec,
@@ -26,6 +26,7 @@ __all__ = [
     "NeighborhoodSpec",
     "SimResult",
     "adaptive_spec",
+    "box_tile",
     "dense_attention",
     "merge_attentions",
     "neighborhood_attention",

@@ -137,20 +137,31 @@ def window_bounds(
     Raises:
         ValueError: see `NeighborhoodSpec`.
     """
-    AxisWindow(length, window, stride, 1, is_causal, border).checked()
-    query = np.arange(length, dtype=np.int32)
-    first = query // stride * stride
-    if is_causal:
-        leader = np.minimum(first + stride - 1, length - 1)
-        return np.maximum(leader - window + 1, 0).astype(np.int32), query + 1
-    leader = np.minimum(first + stride // 2, length - 1)
-    start = leader - window // 2
-    if border == "shift":
-        start = np.clip(start, 0, length - window)
-    end = start + window
-    if border == "mask":
-        start, end = np.maximum(start, 0), np.minimum(end, length)
+    axis = AxisWindow(length, window, stride, 1, is_causal, border).checked()
+    start, end = bounds_of(np.arange(length), length, axis, np)
     return start.astype(np.int32), end.astype(np.int32)
+
+
+def bounds_of(query: Any, count: Any, axis: AxisWindow, xp: Any) -> tuple[Any, Any]:
+    """`window_bounds` of positions within a dilation group of `count` tokens, which may be traced.
+
+    A window that is larger than the group is all of it. Positions beyond the group see nothing.
+    """
+    window, stride = axis.window, axis.stride
+    first = query // stride * stride
+    if axis.is_causal:
+        leader = xp.minimum(first + stride - 1, count - 1)
+        start, end = xp.maximum(leader - window + 1, 0), query + 1
+    else:
+        leader = xp.minimum(first + stride // 2, count - 1)
+        start = leader - window // 2
+        if axis.border == "shift":
+            start = xp.maximum(xp.minimum(start, count - window), 0)
+        end = start + xp.minimum(window, count)
+        if axis.border == "mask":
+            start, end = xp.maximum(start, 0), xp.minimum(start + window, count)
+    inside = query < count
+    return xp.where(inside, start, 0), xp.where(inside, end, 0)
 
 
 def query_bounds(

@@ -69,10 +69,10 @@ def test_outputs_and_lses_are_those_of_a_masked_softmax(name):
     grid, spec = CASES[name]
     made = arrays(grid, heads=4, kv_heads=2, value_dim=3, extra=5)
     run = functools.partial(attend, spec=spec, return_lse=True)
-    for changes in ({}, {"scale": 0.0}, {"scale": 10.0}):
+    for changes, atol in (({}, 5e-6), ({"scale": 0.0}, 5e-6), ({"scale": 10.0}, 2e-5)):
         out, lse = run(**made, **changes)
         expected = in_float64(made, neighborhood_mask(grid, spec), **changes)
-        np.testing.assert_allclose(out, expected[0], atol=5e-6)
+        np.testing.assert_allclose(out, expected[0], atol=atol)
         np.testing.assert_allclose(lse, expected[1], atol=5e-6, rtol=1e-6)
     small = {name: jnp.asarray(value, jnp.bfloat16) for name, value in made.items()}
     out, lse = run(**small)
@@ -243,7 +243,7 @@ def test_queries_without_keys_give_zero_and_no_nan():
 
     out, lse = of_queries(made["query"])
     assert not np.any(out[:, :4]) and np.all(np.isneginf(lse[:, :4]))
-    np.testing.assert_array_equal(out[:, 5], made["value"][:, 5])
+    np.testing.assert_allclose(out[:, 5], made["value"][:, 5], rtol=1e-6)
     assert np.all(np.isfinite(jax.grad(lambda q: jnp.sum(of_queries(q)[0]))(made["query"])))
 
 
@@ -282,7 +282,7 @@ def test_networks_take_it_as_their_attention():
     variables = dense.init(jax.random.key(0), *arguments)
     variables = jax.tree.map(lambda x: x + 0.1, variables)
     np.testing.assert_allclose(
-        near.apply(variables, *arguments), dense.apply(variables, *arguments), atol=1e-5
+        near.apply(variables, *arguments), dense.apply(variables, *arguments), rtol=1e-6
     )
 
 
