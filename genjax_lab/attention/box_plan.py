@@ -20,21 +20,22 @@ import numpy as np
 Bounds = tuple[np.ndarray, np.ndarray]
 
 # Nanoseconds of one core, for choosing tiles: of a multiply-add, of the rest of a pair of tokens,
-# of a number of a box of keys, of a tile. Only their ratios matter.
-_MULTIPLY_ADD, _PAIR, _KEY_NUMBER, _TILE = 0.026, 0.6, 0.25, 15e3
+# of a number of a box of keys, of a tile, of a part's loop. Only their ratios matter.
+_MULTIPLY_ADD, _PAIR, _KEY_NUMBER, _TILE, _PART = 0.026, 0.6, 0.2, 2e4, 1e5
+_FEW_ROWS = 25.0  # rows that a product costs beside its own
 _LARGEST_TILE = 1024  # queries
 _MOST_TILES = 1024  # along an axis, where tiles are chosen
 
 
 class AxisPlan(NamedTuple):
-    """The tiles of one axis, for n sets of windows.
+    """Tiles of one axis that have boxes of one size, for n sets of windows.
 
     Attributes:
         q_edge: units of a tile of queries.
         kv_edge: units of a box of keys.
         first: [tiles] first unit of each tile of queries.
-        skipped: [tiles] leading tokens of a tile that the tile before has already: the last tile of
-            a segment is moved inward.
+        skipped: [tiles] leading units of a tile that the tile before has already: the last tile of
+            a piece is moved inward.
         kv_first: [n, tiles] first unit of each box.
         group: [n, tiles, tokens of a tile] the class of each query; None where nothing is masked.
         seen: [n, tiles, classes, 2] interval of the box that a class sees, in tokens.
@@ -54,24 +55,6 @@ class AxisPlan(NamedTuple):
         return 0 if self.group is None else self.seen.shape[2]
 
 
-def segment_tiles(segments: Sequence[int], edge: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Cuts segments of an axis into tiles of one size.
-
-    Returns:
-        (edge, first, skipped): the edge, at most that of the smallest segment, and see `AxisPlan`,
-        both in the units of `segments`.
-    """
-    edge = min(edge, *segments)
-    first, skipped, origin = [], [], 0
-    for length in segments:
-        regular = origin + np.arange(0, length, edge)
-        inside = np.minimum(regular, origin + length - edge)
-        first.append(inside)
-        skipped.append(regular - inside)
-        origin += length
-    return edge, np.concatenate(first), np.concatenate(skipped)
-
-
 def plan_axis(
     bounds: Bounds,
     kv_length: int,
@@ -79,8 +62,12 @@ def plan_axis(
     edge: int,
     tile: int = 1,
     span: int | None = None,
-) -> AxisPlan:
+    merged: int = 1,
+) -> tuple[AxisPlan, ...]:
     """Plans one axis.
+
+    At the ends of an axis many queries have the same window. Their tiles need no mask and smaller
+    boxes than those between, and several can be one: they are a part of their own.
 
     Args:
         bounds: (start, end), int [n, tokens]: query i sees the keys start[i] <= j < end[i].
@@ -90,8 +77,72 @@ def plan_axis(
         tile: tokens of a unit.
         span: needed where the bounds are traced: at most so many keys lie between the first that a
             query sees and the last, and at most one more with each further query.
+        merged: tiles that are one where queries have the same window.
+
+    Returns:
+        One plan, or that of the sliding windows and that of the others.
     """
-    edge, first, skipped = segment_tiles(segments, edge)
+    edge = min(edge, *segments)
+    origins = np.cumsum([0, *segments[:-1]])
+    whole = list(zip(origins.tolist(), segments, strict=True))
+    if span is None:
+        equal, sliding = _split(bounds, whole, edge, tile)
+        if equal and sliding:
+            parts = (
+                _plan_pieces(bounds, kv_length, sliding, edge, tile),
+                _plan_pieces(bounds, kv_length, equal, edge * merged, tile),
+            )
+            if (parts[0].num_classes, parts[0].kv_edge) != (0, parts[1].kv_edge):
+                return parts
+    return (_plan_pieces(bounds, kv_length, whole, edge, tile, span),)
+
+
+def _split(bounds: Bounds, segments: list[tuple[int, int]], edge: int, tile: int) -> tuple:
+    """Pieces (origin, units) of queries that share the first or last window; and all others.
+
+    Pieces begin and end where tiles of `edge` units would.
+    """
+    stacked = np.stack(bounds)
+    equal, sliding = [], []
+    for origin, length in segments:
+        inside = stacked[..., origin * tile : (origin + length) * tile]
+        moved_first = np.any(inside != inside[..., :1], axis=(0, 1))
+        moved_last = np.any(inside != inside[..., -1:], axis=(0, 1))[::-1]
+        if not moved_first.any():
+            equal.append((origin, length))
+            continue
+        ahead = int(np.argmax(moved_first)) // (tile * edge) * edge
+        behind = length - int(np.argmax(moved_last)) // tile
+        behind = min(-(-behind // edge) * edge, length)
+        pieces = ((0, ahead, equal), (ahead, behind, sliding), (behind, length, equal))
+        for begin, end, kind in pieces:
+            if end > begin:
+                kind.append((origin + begin, end - begin))
+    return equal, sliding
+
+
+def _tiles(pieces: list[tuple[int, int]], edge: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """(edge, first, skipped) of `AxisPlan`: the edge is at most that of the smallest piece."""
+    edge = min(edge, *(length for _, length in pieces))
+    first, skipped = [], []
+    for origin, length in pieces:
+        regular = origin + np.arange(0, length, edge)
+        inside = np.minimum(regular, origin + length - edge)
+        first.append(inside)
+        skipped.append(regular - inside)
+    return edge, np.concatenate(first), np.concatenate(skipped)
+
+
+def _plan_pieces(
+    bounds: Bounds,
+    kv_length: int,
+    pieces: list[tuple[int, int]],
+    edge: int,
+    tile: int,
+    span: int | None = None,
+) -> AxisPlan:
+    """Plans the tiles of some pieces of an axis."""
+    edge, first, skipped = _tiles(pieces, edge)
     size = edge * tile
     xp = np if span is None else jnp
     tokens = (first[:, None] * tile + np.arange(size))[None]
@@ -123,7 +174,7 @@ def plan_axis(
     return AxisPlan(edge, kv_edge, first, skipped, kv_first, group, intervals)
 
 
-def choose_tile(
+def choose_tiles(
     bounds: Sequence[Bounds],
     kv_lengths: Sequence[int],
     segments: Sequence[Sequence[int]],
@@ -131,8 +182,9 @@ def choose_tile(
     rows_per_query: int,
     width: int,
     tile: Sequence[int],
-) -> tuple[int, ...]:
-    """Edges of the tiles of queries, in units, that should take the least time on one core.
+    q_tile: Sequence[int] | None = None,
+) -> list[tuple[AxisPlan, ...]]:
+    """Plans of all axes that should take the least time on one core.
 
     Args:
         bounds: of each axis.
@@ -141,46 +193,53 @@ def choose_tile(
         rows_per_query: heads that share their keys.
         width: sum of the widths of keys and values.
         tile: tokens of a unit, for each axis.
+        q_tile: edges of the tiles that slide, if they are given.
     """
-    plans = [
-        [
-            plan_axis(_thinned(pair), length, parts, edge, step)
-            for edge in _candidate_edges(pair, parts, step)
-        ]
-        for pair, length, parts, step in zip(bounds, kv_lengths, segments, tile, strict=True)
-    ]
 
-    def nanoseconds(choice: tuple[AxisPlan, ...]) -> float:
-        tiles = math.prod(len(plan.first) for plan in choice)
-        queries = rows_per_query * math.prod(
-            plan.q_edge * step for plan, step in zip(choice, tile, strict=True)
-        )
-        keys = math.prod(plan.kv_edge * step for plan, step in zip(choice, tile, strict=True))
-        if queries > _LARGEST_TILE * rows_per_query:
-            return math.inf
-        classes = sum(plan.num_classes for plan in choice)
-        pair = _PAIR + _MULTIPLY_ADD * (width + 2 * classes)
-        return tiles * (queries * keys * pair + keys * width * _KEY_NUMBER + _TILE)
+    def nanoseconds(plans: Sequence[tuple[AxisPlan, ...]]) -> float:
+        total = 0.0
+        for parts in itertools.product(*plans):
+            tiles = math.prod(len(part.first) for part in parts)
+            volume = lambda edges: math.prod(e * t for e, t in zip(edges, tile, strict=True))  # noqa: E731
+            queries = rows_per_query * volume(part.q_edge for part in parts)
+            keys = volume(part.kv_edge for part in parts)
+            classes = sum(part.num_classes for part in parts)
+            pair = _PAIR + _MULTIPLY_ADD * (width + 2 * classes)
+            # Products of few rows are slower.
+            slower = 1 + _FEW_ROWS / queries
+            total += tiles * (queries * keys * pair * slower + keys * width * _KEY_NUMBER + _TILE)
+            if queries > _LARGEST_TILE * rows_per_query:
+                return math.inf
+        return total + _PART * math.prod(len(parts) for parts in plans)
 
-    best = min(itertools.product(*plans), key=nanoseconds)
-    return tuple(plan.q_edge for plan in best)
+    options = []
+    for number, (pair, length, parts, step) in enumerate(
+        zip(bounds, kv_lengths, segments, tile, strict=True)
+    ):
+        edges = _candidate_edges(pair, parts, step) if q_tile is None else [q_tile[number]]
+        plans = {}
+        for edge, merged in itertools.product(edges, (1, 2, 4)):
+            plan = plan_axis(pair, length, parts, edge, step, merged=merged)
+            plans.setdefault(tuple((part.q_edge, len(part.first)) for part in plan), plan)
+        options.append(list(plans.values()))
+    # The best of each axis by turns, from small tiles.
+    best = [plans[0] for plans in options]
+    for _ in range(3):
+        for axis, plans in enumerate(options):
+            others = lambda plan, axis=axis: [*best[:axis], plan, *best[axis + 1 :]]  # noqa: E731
+            best[axis] = min(plans, key=lambda plan: nanoseconds(others(plan)))
+    return best
 
 
 def _candidate_edges(bounds: Bounds, segments: Sequence[int], tile: int) -> list[int]:
-    """Edges worth trying: powers of two, where windows change, and what divides the segments."""
+    """Edges worth trying: powers of two, and multiples of the run in which windows stay."""
     longest = max(segments)
-    start = np.asarray(bounds[0])[0]
-    changes = np.flatnonzero(np.diff(start)) + 1
+    changes = np.flatnonzero(np.diff(np.asarray(bounds[0])[0])) + 1
     stride = int(np.gcd.reduce(changes)) if len(changes) else longest * tile
-    edges = {2**power for power in range(11)} | {12, 20, 24, 40, 48}
-    edges |= {max(1, multiple * stride // tile) for multiple in (1, 2, 3, 4)}
+    edges = {2**power for power in range(11)}
+    edges |= {max(1, multiple * stride // tile) for multiple in (1, 2, 3)}
     edges = {min(edge, longest) for edge in edges if edge <= _LARGEST_TILE}
     return sorted(edge for edge in edges if edge * _MOST_TILES >= longest)
-
-
-def _thinned(bounds: Bounds) -> Bounds:
-    """One set of windows stands for all when tiles are chosen."""
-    return bounds[0][:1], bounds[1][:1]
 
 
 @functools.lru_cache(maxsize=256)

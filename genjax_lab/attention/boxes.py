@@ -20,8 +20,9 @@ and adds what it finds for keys and values to their places.
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,13 +37,14 @@ _HIDDEN = -1e37
 # Largest bound of the logits that is subtracted instead of their maximum: exp(-2 * 30) is far from
 # what float32 cannot hold.
 _LARGEST_SHIFT = 30.0
+_TRACED_TILE = 256  # queries of a tile where windows are not known beforehand
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
     """What is fixed when the program is traced."""
 
-    axes: tuple[box_plan.AxisPlan, ...]
+    loops: tuple[tuple[box_plan.AxisPlan, ...], ...]
     tile: tuple[int, ...]
     kv_lengths: tuple[int, ...]
     kv_heads: int
@@ -52,18 +54,15 @@ class _Plan:
 
     @property
     def rank(self) -> int:
-        return len(self.axes)
+        return len(self.tile)
 
-    def visits(self, batch: int) -> np.ndarray:
-        """Rows (example, head of keys, tile along each axis), in the order of the loop."""
-        tiles = box_plan.tile_order(tuple(len(axis.first) for axis in self.axes))
+    def visits(self, axes: Sequence[box_plan.AxisPlan], batch: int) -> np.ndarray:
+        """Rows (example, head of keys, tile along each axis), in the order of a loop."""
+        tiles = box_plan.tile_order(tuple(len(axis.first) for axis in axes))
         outer = np.array(list(np.ndindex(batch, self.kv_heads)), np.int32)
         return np.concatenate(
             [np.repeat(outer, len(tiles), 0), np.tile(tiles, (len(outer), 1))], axis=1
         )
-
-    def has_overlaps(self) -> bool:
-        return any(axis.skipped.any() for axis in self.axes)
 
 
 def box_attention(
@@ -124,37 +123,33 @@ def box_attention(
     heads, kv_heads = query.shape[-2], key.shape[-2]
     q_lengths, kv_lengths = query.shape[1 : rank + 1], key.shape[1 : rank + 1]
     segments = [(length,) for length in q_lengths] if segments is None else segments
-    if q_tile is None:
-        q_tile = _default_tile(
-            bounds, kv_lengths, segments, spans, tile, heads // kv_heads, key, value
+    if spans is None:
+        parts = box_plan.choose_tiles(
+            bounds,
+            kv_lengths,
+            segments,
+            rows_per_query=heads // kv_heads,
+            width=key.shape[-1] + value.shape[-1],
+            tile=tile,
+            q_tile=q_tile,
         )
-    axes = tuple(
-        box_plan.plan_axis(*arguments)
-        for arguments in zip(
-            *(bounds, kv_lengths, segments, q_tile, tile),
-            (None,) * rank if spans is None else spans,
-            strict=True,
-        )
-    )
+    else:  # windows are not known yet: tiles as wide as high
+        edge = round(_TRACED_TILE ** (1 / rank))
+        q_tile = [max(1, edge // step) for step in tile] if q_tile is None else q_tile
+        parts = [
+            box_plan.plan_axis(*arguments)
+            for arguments in zip(bounds, kv_lengths, segments, q_tile, tile, spans, strict=True)
+        ]
+    loops = tuple(itertools.product(*parts))
     center = None if bias is None else tuple(bias_center)
-    plan = _Plan(axes, tile, kv_lengths, kv_heads, precision, center, exact)
+    plan = _Plan(loops, tile, kv_lengths, kv_heads, precision, center, exact)
     count = max(len(start) for start, _ in bounds)
     rows = jnp.arange(len(query)) % count if rows is None else rows
     tables = {
         "bounds": tuple((jnp.asarray(start), jnp.asarray(end)) for start, end in bounds),
         "rows": rows,
         "key_mask": key_mask,
-        "axes": tuple(
-            {
-                "kv_first": jnp.asarray(axis.kv_first, jnp.int32),
-                **(
-                    {"group": jnp.asarray(axis.group), "seen": jnp.asarray(axis.seen)}
-                    if axis.num_classes
-                    else {}
-                ),
-            }
-            for axis in axes
-        ),
+        "loops": tuple(tuple(_arrays(part) for part in axes) for axes in loops),
     }
     if key_mask is not None:  # whatever hidden tokens hold
         key, value = (jnp.where(key_mask[..., None, None], x, 0) for x in (key, value))
@@ -175,18 +170,12 @@ def box_attention(
     return out, lse
 
 
-def _default_tile(bounds, kv_lengths, segments, spans, tile, group, key, value):
-    if spans is not None:  # windows are not known yet: a tile as wide as high, of 256 queries
-        edge = round(256 ** (1 / len(bounds)))
-        return tuple(max(1, edge // step) for step in tile)
-    return box_plan.choose_tile(
-        bounds,
-        kv_lengths,
-        segments,
-        rows_per_query=group,
-        width=key.shape[-1] + value.shape[-1],
-        tile=tile,
-    )
+def _arrays(part: box_plan.AxisPlan) -> dict[str, Array]:
+    """What a loop looks up, and what may be traced."""
+    arrays = {"kv_first": jnp.asarray(part.kv_first, jnp.int32)}
+    if part.num_classes:
+        arrays |= {"group": jnp.asarray(part.group), "seen": jnp.asarray(part.seen)}
+    return arrays
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -194,9 +183,9 @@ def _attend(plan: _Plan, tensors: dict, tables: dict) -> tuple[Array, Array]:
     query, value = tensors["query"], tensors["value"]
     shifts = _shifts(plan, tensors, tables)
 
-    def visit(carry, place):
+    def visit(number, carry, place):
         out, lse = carry
-        box = _Box(plan, tensors, tables, place)
+        box = _Box(plan, number, tensors, tables, place)
         logits = box.logits()
         shift = box.take_queries(shifts[..., None])[:, 0]
         # Only rows whose bound is too large take their maximum, so that no row's result depends on
@@ -221,7 +210,7 @@ def _attend(plan: _Plan, tensors: dict, tables: dict) -> tuple[Array, Array]:
         jnp.zeros((*query.shape[:-1], _width(plan, value)), query.dtype),
         jnp.zeros((*query.shape[:-1], 1), plan.exact),
     )
-    (out, lse), _ = jax.lax.scan(visit, empty, plan.visits(len(query)))
+    out, lse = _run_loops(plan, visit, empty, len(query))
     return out, lse[..., 0]
 
 
@@ -239,12 +228,11 @@ def _backward(plan, residuals, cotangents):
     lse = jnp.where(seen, lse, jnp.inf)
     per_row = jnp.stack([jnp.where(seen, delta, 0), lse], axis=-1)
 
-    @jax.checkpoint
-    def visit(bars, place):
-        box = _Box(plan, tensors, tables, place)
+    def visit(number, bars, place):
+        box = _Box(plan, number, tensors, tables, place)
         out_bar_tile = box.take_queries(out_bar)
         delta_tile, lse_tile = jnp.moveaxis(box.take_queries(per_row), -1, 0)
-        if plan.has_overlaps():
+        if box.has_overlaps():
             own = box.is_own()
             out_bar_tile = jnp.where(own[:, None], out_bar_tile, 0)
             delta_tile = jnp.where(own, delta_tile, 0)
@@ -264,12 +252,19 @@ def _backward(plan, residuals, cotangents):
         return bars, None
 
     bars = {name: jnp.zeros(x.shape, plan.exact) for name, x in tensors.items()}
-    places = plan.visits(len(tensors["query"]))
-    bars, _ = jax.lax.scan(visit, bars, places)
+    bars = _run_loops(plan, visit, bars, len(tensors["query"]))
     return {name: bars[name].astype(x.dtype) for name, x in tensors.items()}, None
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _run_loops(plan: _Plan, visit: Callable, carry: Any, batch: int) -> Any:
+    """One loop after the other, over tiles of one shape each."""
+    for number, axes in enumerate(plan.loops):
+        step = jax.checkpoint(functools.partial(visit, number))
+        carry, _ = jax.lax.scan(step, carry, plan.visits(axes, batch))
+    return carry
 
 
 class _Box:
@@ -278,22 +273,22 @@ class _Box:
     Rows are the tile's queries, row-major, with the heads that share keys innermost.
     """
 
-    def __init__(self, plan: _Plan, tensors: dict, tables: dict, place: Array):
+    def __init__(self, plan: _Plan, loop: int, tensors: dict, tables: dict, place: Array):
         self.plan, self.tensors, self.tables = plan, tensors, tables
+        self.axes, self.arrays = plan.loops[loop], tables["loops"][loop]
         self.example, self.head = place[0], place[1]
         self.group = tensors["query"].shape[-2] // plan.kv_heads
         self.at = [place[2 + axis] for axis in range(plan.rank)]
         self.row = tables["rows"][self.example]
         self.q_first = [
             jnp.asarray(axis.first, jnp.int32)[i]
-            for axis, i in zip(plan.axes, self.at, strict=True)
+            for axis, i in zip(self.axes, self.at, strict=True)
         ]
         self.kv_first = [
-            self._set(table["kv_first"])[i]
-            for table, i in zip(tables["axes"], self.at, strict=True)
+            self._set(table["kv_first"])[i] for table, i in zip(self.arrays, self.at, strict=True)
         ]
-        self.q_edges = tuple(axis.q_edge for axis in plan.axes)
-        self.kv_edges = tuple(axis.kv_edge for axis in plan.axes)
+        self.q_edges = tuple(axis.q_edge for axis in self.axes)
+        self.kv_edges = tuple(axis.kv_edge for axis in self.axes)
 
     def _set(self, table: Array) -> Array:
         """The example's set of bounds."""
@@ -378,9 +373,7 @@ class _Box:
     def _classes(self) -> tuple[list[Array], list[Array]]:
         """One-hot classes [rows, classes], and penalties [keys, classes], of all that is masked."""
         classes, penalties = [], []
-        for number, (axis, table) in enumerate(
-            zip(self.plan.axes, self.tables["axes"], strict=True)
-        ):
+        for number, (axis, table) in enumerate(zip(self.axes, self.arrays, strict=True)):
             if not axis.num_classes:
                 continue
             at = self.at[number]
@@ -411,10 +404,13 @@ class _Box:
         rows = rows.reshape(*shape, width)
         return jnp.broadcast_to(rows, (*edges, *tile, times, width)).reshape(-1, width)
 
+    def has_overlaps(self) -> bool:
+        return any(axis.skipped.any() for axis in self.axes)
+
     def is_own(self) -> Array:
         """Which rows this tile answers for."""
         own = jnp.ones((1, 1), bool)
-        for number, (axis, at) in enumerate(zip(self.plan.axes, self.at, strict=True)):
+        for number, (axis, at) in enumerate(zip(self.axes, self.at, strict=True)):
             tile = self.plan.tile[number]
             skipped = jnp.asarray(axis.skipped)[at] * tile
             inside = (jnp.arange(axis.q_edge * tile) >= skipped)[:, None]

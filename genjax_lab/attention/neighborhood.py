@@ -326,6 +326,8 @@ def box_tile(
 ) -> tuple[int, ...]:
     """The tile of queries that implementation="xla" chooses.
 
+    Where queries at the ends of an axis have the same window, several tiles may be one there.
+
     Args:
         grid: tokens along each axis.
         spec: the neighborhood.
@@ -337,7 +339,7 @@ def box_tile(
         ValueError: for windows that do not fit the grid.
     """
     orders = [_ordered(axis, None) for axis in spec.axes(grid)]
-    return box_plan.choose_tile(
+    plans = box_plan.choose_tiles(
         [order.bounds for order in orders],
         [order.keys.shape[1] for order in orders],
         [order.segments for order in orders],
@@ -345,6 +347,7 @@ def box_tile(
         width=head_dim + (head_dim if value_dim is None else value_dim),
         tile=(1,) * len(orders),
     )
+    return tuple(parts[0].q_edge for parts in plans)
 
 
 def _reordered(x: Array, index: Any, axis: int) -> Array:

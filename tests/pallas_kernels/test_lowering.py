@@ -13,8 +13,8 @@ from genjax_lab.attention.shapes import SHAPES, SMALL_SHAPES
 NAMED = {shape.name: shape for shape in SHAPES + SMALL_SHAPES}
 
 
-def operands(shape):
-    dtype = jnp.bfloat16 if shape.dtype == "float16" else jnp.dtype(shape.dtype)  # TPUs have no f16
+def operands(shape, platform):
+    dtype = jnp.dtype("bfloat16" if platform == "tpu" else shape.dtype)
     array = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
     query = array(shape.batch, *shape.grid, shape.heads, shape.head_dim)
     key = array(shape.batch, *shape.grid, shape.kv_heads, shape.head_dim)
@@ -38,7 +38,7 @@ def test_forward_and_gradients_are_lowered(name, platform):
         outputs, backward = jax.vjp(attend, *arrays)
         return outputs, backward(outputs)
 
-    lowered = jax.jit(gradient).trace(*operands(shape))
+    lowered = jax.jit(gradient).trace(*operands(shape, platform))
     text = lowered.lower(lowering_platforms=("cuda" if platform == "gpu" else "tpu",)).as_text()
     calls = re.findall(r"@(__gpu\$xla\.gpu\.triton|triton_kernel_call\w*|tpu_custom_call)\b", text)
     # Forward, gradients of queries, of keys and, with a text, of additional keys.
