@@ -12,7 +12,13 @@ from jaxtyping import Array
 from genjax_lab.attention.dense import dense_attention
 from genjax_lab.attention.merging import merge_attentions
 from genjax_lab.attention.neighborhood import box_tile, neighborhood_attention
+from genjax_lab.attention.sharded import (
+    HaloReport,
+    halo_report,
+    neighborhood_attention_sharded,
+)
 from genjax_lab.attention.simulator import SimResult, roofline_seconds, simulate, suggest
+from genjax_lab.attention.tiling import plan_tiles, token_permute, token_unpermute
 from genjax_lab.attention.windows import (
     NeighborhoodSpec,
     adaptive_spec,
@@ -23,18 +29,24 @@ from genjax_lab.attention.windows import (
 
 __all__ = [
     "AttentionFunction",
+    "HaloReport",
     "NeighborhoodSpec",
     "SimResult",
     "adaptive_spec",
     "box_tile",
     "dense_attention",
+    "halo_report",
     "merge_attentions",
     "neighborhood_attention",
+    "neighborhood_attention_sharded",
     "neighborhood_mask",
+    "plan_tiles",
     "query_bounds",
     "roofline_seconds",
     "simulate",
     "suggest",
+    "token_permute",
+    "token_unpermute",
     "window_bounds",
 ]
 

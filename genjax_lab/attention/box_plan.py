@@ -20,9 +20,9 @@ import numpy as np
 Bounds = tuple[np.ndarray, np.ndarray]
 
 # Nanoseconds of one core, for choosing tiles: of a multiply-add, of the rest of a pair of tokens,
-# of a number of a box of keys, of a tile, of a part's loop. Only their ratios matter.
-_MULTIPLY_ADD, _PAIR, _KEY_NUMBER, _TILE, _PART = 0.026, 0.6, 0.2, 2e4, 1e5
-_FEW_ROWS = 25.0  # rows that a product costs beside its own
+# of a class of a pair, of a number of a box of keys, of a tile, of a part's loop. Only their ratios
+# matter.
+_MULTIPLY_ADD, _PAIR, _CLASS, _KEY_NUMBER, _TILE, _PART = 0.03, 0.7, 0.09, 0.38, 1e4, 1e5
 _LARGEST_TILE = 1024  # queries
 _MOST_TILES = 1024  # along an axis, where tiles are chosen
 
@@ -204,10 +204,8 @@ def choose_tiles(
             queries = rows_per_query * volume(part.q_edge for part in parts)
             keys = volume(part.kv_edge for part in parts)
             classes = sum(part.num_classes for part in parts)
-            pair = _PAIR + _MULTIPLY_ADD * (width + 2 * classes)
-            # Products of few rows are slower.
-            slower = 1 + _FEW_ROWS / queries
-            total += tiles * (queries * keys * pair * slower + keys * width * _KEY_NUMBER + _TILE)
+            pair = _MULTIPLY_ADD * width + _PAIR + _CLASS * classes
+            total += tiles * (queries * keys * pair + keys * width * _KEY_NUMBER + _TILE)
             if queries > _LARGEST_TILE * rows_per_query:
                 return math.inf
         return total + _PART * math.prod(len(parts) for parts in plans)

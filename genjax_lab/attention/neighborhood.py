@@ -78,7 +78,7 @@ def neighborhood_attention(
             `q_tile`: all arrays over the grid are then `[batch * dilation groups, tokens, ...]`, as
             is the output, and `kv_tile` is `q_tile`. Networks permute once, at both their ends.
         grid: tokens along each axis, for layout="tiled".
-        precision: of the matrix products.
+        precision: of the matrix products, but for the kernel, whose products are exact.
 
     Returns:
         `out` [batch, *grid, heads, value_dim] in the query's type, or (out, lse). `lse`, [batch,
@@ -89,6 +89,13 @@ def neighborhood_attention(
         ValueError: shapes or types that do not fit together, windows that do not fit the grid, an
             unknown implementation, or one that cannot do what is asked.
     """
+    query, key, value, additional_keys, additional_values, kv_mask, grid_sizes, position_bias = (
+        None if x is None else jnp.asarray(x)
+        for x in (
+            *(query, key, value, additional_keys, additional_values),
+            *(kv_mask, grid_sizes, position_bias),
+        )
+    )
     problem = _Problem.of(query, spec, layout, grid, q_tile, kv_tile)
     _check(
         *(problem, query, key, value, additional_keys, additional_values),
@@ -102,8 +109,8 @@ def neighborhood_attention(
         "additional_keys": additional_keys,
         "additional_values": additional_values,
         "kv_mask": kv_mask,
-        "precision": precision,
     }
+    options["precision"] = precision
     if implementation == "reference":
         out, lse = masked_attention(query, key, value, spec, **arguments, **options)
     elif implementation == "xla":
@@ -118,7 +125,7 @@ def neighborhood_attention(
             q_tile=problem.q_tile,
             kv_tile=problem.kv_tile,
             layout=layout,
-            grid=problem.grid,
+            grid=grid,
             platform=jax.default_backend(),
         )
     return (out, lse) if return_lse else out
