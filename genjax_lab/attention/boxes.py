@@ -48,8 +48,8 @@ class _Plan:
     tile: tuple[int, ...]
     kv_lengths: tuple[int, ...]
     kv_heads: int
+    longest: tuple[int, ...]  # windows
     precision: Any
-    bias_center: tuple[int, ...] | None
     exact: Any
 
     @property
@@ -76,7 +76,7 @@ def box_attention(
     additional_values: Float[Array, "batch extra kv_heads value_dim"] | None = None,
     key_mask: Bool[Array, "batch *kv_grid"] | None = None,
     bias: Float[Array, "heads ..."] | None = None,
-    bias_center: Sequence[int] | None = None,
+    bias_places: Sequence[Int[np.ndarray, " length"]] | None = None,
     rows: Int[Array, " batch"] | None = None,
     segments: Sequence[Sequence[int]] | None = None,
     spans: Sequence[int] | None = None,
@@ -97,9 +97,9 @@ def box_attention(
         additional_keys: keys that every query sees.
         additional_values: their values.
         key_mask: False for keys that no query sees; they may hold anything finite or not.
-        bias: added to the logits by relative position: `bias[head, j - i + bias_center, ...]`, an
+        bias: added to the logits by relative position: `bias[head, j - bias_places[i], ...]`, an
             index for each axis, for the key j of the query i; clipped to what there is.
-        bias_center: index of no displacement along each axis.
+        bias_places: for each axis and query, the key that has the index 0; may be negative.
         rows: set of bounds of each example; by default example b has set b modulo n.
         segments: lengths of the runs of each axis along which bounds never decrease, in units of
             `stored_tile`.
@@ -141,14 +141,17 @@ def box_attention(
             for arguments in zip(bounds, kv_lengths, segments, q_tile, tile, spans, strict=True)
         ]
     loops = tuple(itertools.product(*parts))
-    center = None if bias is None else tuple(bias_center)
-    plan = _Plan(loops, tile, kv_lengths, kv_heads, precision, center, exact)
+    longest = spans
+    if spans is None:
+        longest = [max(1, int(np.max(end - start))) for start, end in bounds]
+    plan = _Plan(loops, tile, kv_lengths, kv_heads, tuple(longest), precision, exact)
     count = max(len(start) for start, _ in bounds)
     rows = jnp.arange(len(query)) % count if rows is None else rows
     tables = {
         "bounds": tuple((jnp.asarray(start), jnp.asarray(end)) for start, end in bounds),
         "rows": rows,
         "key_mask": key_mask,
+        "places": () if bias is None else tuple(jnp.asarray(places) for places in bias_places),
         "loops": tuple(tuple(_arrays(part) for part in axes) for axes in loops),
     }
     if key_mask is not None:  # whatever hidden tokens hold
@@ -420,15 +423,15 @@ class _Box:
     def _bias(self, bias: Array) -> Array:
         """[keys in the box, rows]."""
         index = 0
-        for number, (size, center) in enumerate(
-            zip(bias.shape[1:], self.plan.bias_center, strict=True)
+        for number, (size, places) in enumerate(
+            zip(bias.shape[1:], self.tables["places"], strict=True)
         ):
             tile = self.plan.tile[number]
             query, key = (
                 first[number] * tile + jnp.arange(edges[number] * tile)
                 for first, edges in ((self.q_first, self.q_edges), (self.kv_first, self.kv_edges))
             )
-            along = jnp.clip(key[:, None] - query + center, 0, size - 1)
+            along = jnp.clip(key[:, None] - places[query], 0, size - 1)
             along = self._spread(along, number, self.kv_edges)  # [keys, queries of the axis]
             index = index * size + self._spread(along.T, number, self.q_edges).T
         heads = jax.lax.dynamic_slice_in_dim(bias, self.head * self.group, self.group)
@@ -465,7 +468,9 @@ def _shifts(plan: _Plan, tensors: dict, tables: dict) -> Array:
     stored = (len(key), plan.kv_heads, *plan.kv_lengths, *plan.tile, _width(plan, key))
     largest = _positions(jnp.moveaxis(norm(key.reshape(stored)), 1, -1), plan.rank)
     for number, (start, end) in enumerate(tables["bounds"]):
-        largest = _largest_between(largest, number + 1, start, end, tables["rows"])
+        largest = _largest_between(
+            largest, number + 1, start, end, tables["rows"], plan.longest[number]
+        )
     largest = _in_tiles(largest, query.shape, plan.rank)
     if "extra_key" in tensors:
         extra = jnp.max(norm(tensors["extra_key"]), axis=1)
@@ -496,10 +501,12 @@ def _in_tiles(x: Array, shape: Sequence[int], rank: int) -> Array:
     return x.transpose(0, *units, *(axis + 1 for axis in units), 2 * rank + 1)
 
 
-def _largest_between(x: Array, axis: int, start: Array, end: Array, rows: Array) -> Array:
+def _largest_between(
+    x: Array, axis: int, start: Array, end: Array, rows: Array, longest: int
+) -> Array:
     """Largest of start <= j < end along an axis; 0 of none. By runs of 1, 2, 4, ... elements."""
     runs = [x]
-    while 2 ** len(runs) <= x.shape[axis]:
+    while 2 ** len(runs) <= min(longest, x.shape[axis]):
         last, reach = runs[-1], 2 ** (len(runs) - 1)
         later = jax.lax.slice_in_dim(last, reach, None, axis=axis)
         fill = [(0, reach) if number == axis else (0, 0) for number in range(x.ndim)]

@@ -230,14 +230,14 @@ class _AxisOrder(NamedTuple):
         keys: [n, keys] the same for keys, some of them repeated where windows go round.
         bounds: (start, end), each [n, length], in that order.
         segments: lengths of the groups.
-        margin: keys that a group has before its first query.
+        places: [length] where the key of each query's own token is among the keys.
     """
 
     queries: np.ndarray
     keys: Any
     bounds: tuple[Any, Any]
     segments: tuple[int, ...]
-    margin: int
+    places: np.ndarray
 
 
 def _ordered(axis: AxisWindow, sizes: Int[Array, " batch"] | None) -> _AxisOrder:
@@ -253,15 +253,18 @@ def _ordered(axis: AxisWindow, sizes: Int[Array, " batch"] | None) -> _AxisOrder
     queries = place * axis.dilation + group
     if axis.border != "wrap":
         first = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
-        return _AxisOrder(queries, queries[None], (start + first, end + first), lengths, 0)
+        return _AxisOrder(
+            queries, queries[None], (start + first, end + first), lengths, place + first
+        )
     # Keys are repeated at both ends of a group, as far as windows reach.
     margin, reach = axis.window // 2, axis.window
     width = margin + lengths[0] + reach
+    origin = group * width + margin
+    places = origin + place
     group, place = np.divmod(np.arange(axis.dilation * width), width)
-    place = (place - margin) % xp.maximum((total - group + axis.dilation - 1) // axis.dilation, 1)
-    origin = np.arange(axis.length) // lengths[0] * width + margin
-    keys = place * axis.dilation + group
-    return _AxisOrder(queries, keys, (start + origin, end + origin), lengths, margin)
+    count = xp.maximum((total - group + axis.dilation - 1) // axis.dilation, 1)
+    keys = (place - margin) % count * axis.dilation + group
+    return _AxisOrder(queries, keys, (start + origin, end + origin), lengths, places)
 
 
 def _in_boxes(
@@ -307,8 +310,8 @@ def _in_boxes(
         additional_keys=additional_keys,
         additional_values=additional_values,
         key_mask=mask,
-        bias_center=[
-            axis.window - 1 - order.margin for axis, order in zip(axes, orders, strict=True)
+        bias_places=[
+            order.places - axis.window + 1 for axis, order in zip(axes, orders, strict=True)
         ],
         segments=[order.segments for order in orders],
         q_tile=problem.q_tile,
@@ -411,7 +414,10 @@ def _in_stored_tiles(
         additional_keys=additional_keys,
         additional_values=additional_values,
         key_mask=key_mask,
-        bias_center=[axis.window - 1 for axis in axes],
+        bias_places=[
+            np.arange(tiles * edge) - axis.window + 1
+            for axis, edge, tiles in zip(axes, tile, counts, strict=True)
+        ],
         stored_tile=tile,
         **options,
     )

@@ -368,7 +368,10 @@ def _slab_attention(
         additional_values=additional_values,
         key_mask=None if kv_mask is None else seen[2],
         bias=position_bias,
-        bias_center=[axis.window - 1 - m for axis, m in zip(axes, margins, strict=True)],
+        bias_places=[
+            np.arange(length) + m - axis.window + 1
+            for axis, m, length in zip(axes, margins, queries.shape[1:], strict=False)
+        ],
         precision=precision,
     )
     grid = query.shape[1:-2]
