@@ -8,6 +8,8 @@ import ml_collections
 import optax
 from ml_collections.config_dict import placeholder
 
+from genjax_lab.attention import NeighborhoodSpec
+
 
 def construct(module: Any, fields: Mapping[str, Any], what: str, *arguments: Any) -> Any:
     """Calls `module.<name>(*arguments, **rest)` for fields {"name": name, **rest}."""
@@ -20,6 +22,22 @@ def construct(module: Any, fields: Mapping[str, Any], what: str, *arguments: Any
         return constructor(*arguments, **rest)
     except TypeError as error:
         raise ValueError(f"config.{what} does not fit {name}: {error}") from error
+
+
+def neighborhoods(value: Any) -> Any:
+    """The neighborhood of a network from plain values of a config.
+
+    Fields of a `NeighborhoodSpec`, such as {"window": 4, "stride": 2}; None; or several of these,
+    one for each block.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(neighborhoods(item) for item in value)
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        return value
+    try:
+        return NeighborhoodSpec(**{key: _hashable(item) for key, item in value.items()})
+    except TypeError as error:
+        raise ValueError(f"config.network.neighborhood does not fit: {error}") from error
 
 
 def default_optimizer(**changes: Any) -> dict[str, Any]:

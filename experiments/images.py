@@ -5,7 +5,8 @@ Beside the loop's fields (`genjax_lab.training.default_config`) a config has
   data        name, split, image_shape, num_classes; flip; resolution (crops and resizes), and what
               else `make_loader` takes
   process     name in genjax_lab.processes and its arguments
-  network     name in genjax_lab.networks and its arguments
+  network     name in genjax_lab.networks and its arguments; neighborhood as a dict of the fields of
+              a NeighborhoodSpec, or one or None for each block
   augmentation
               probability of each of EDM's transforms, which need a network with augment_dim=9;
               None for no augmentation
@@ -28,7 +29,7 @@ import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
-from experiments.building import construct, default_optimizer, make_optimizer
+from experiments.building import construct, default_optimizer, make_optimizer, neighborhoods
 from experiments.image_data import (
     ImageJudge,
     default_data,
@@ -90,6 +91,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 def make_network(config: ml_collections.ConfigDict) -> Any:
     """The network of a config, told the number of classes of its data."""
     fields = {"num_classes": config.data.num_classes, **config.network}
+    if "neighborhood" in fields:
+        fields["neighborhood"] = neighborhoods(fields["neighborhood"])
     return construct(networks, fields, "network")
 
 

@@ -1,6 +1,6 @@
 """Neighborhood attention on one core, beside dense attention and beside the simulator's bound.
 
-    python -m experiments.benchmarks.neighborhood_attention [--repeats=7] [--cases=flux/4]
+    python -m experiments.benchmarks.neighborhood_attention [--repeats=7] ["--cases=flux-4k / 4"]
 
 Every case is timed against the best of four dense attentions: PyTorch's, three with a loop over
 chunks of queries, and our own with a window of the whole grid. Programs take turns in one process
@@ -11,6 +11,7 @@ tile pairs of dense attention / tile pairs visited. `fraction` is the speed-up o
 Writes experiments/results/neighborhood_attention.json and a figure of bounds against speed-ups.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -32,6 +33,7 @@ from absl import app, flags
 from experiments.benchmarks.interleaved import Program, interleaved_seconds
 from experiments.launch import quiet_libraries
 from genjax_lab.attention import NeighborhoodSpec, box_tile, neighborhood_attention, simulate
+from genjax_lab.attention.shapes import SMALL_SHAPES
 
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed repetitions of each program.", lower_bound=1)
 _CASES = flags.DEFINE_list("cases", None, "Names of cases; all by default.")
@@ -64,14 +66,20 @@ def _image(window: int, stride: int = 1, q_tile: int | None = None) -> Case:
     return Case((64, 64), NeighborhoodSpec(window, stride), q_tile=tile)
 
 
-_VIDEO, _BOX = (15, 24, 40), (9, 12, 12)
+def _model_cases() -> dict[str, Case]:
+    """FLUX 4K and HunyuanVideo, each axis a quarter and a half as long; the same with stride 1."""
+    cases = {}
+    for shape in SMALL_SHAPES:
+        case = Case(shape.grid, shape.spec, True, shape.heads, shape.head_dim)
+        cases[shape.name] = case
+        sliding = dataclasses.replace(shape.spec, stride=1)
+        cases[f"{shape.name}, stride 1"] = case._replace(spec=sliding)
+    return cases
+
+
 CASES = {
     "tiny": Case((8, 8), NeighborhoodSpec(4, 4), backward=True),  # to see that all works
-    # FLUX 4K and HunyuanVideo, each axis a quarter and a half as long.
-    "flux/4": Case((64, 64), NeighborhoodSpec(32, 16), backward=True),
-    "flux/4 stride 1": Case((64, 64), NeighborhoodSpec(32), backward=True),
-    "hunyuan/2": Case(_VIDEO, NeighborhoodSpec(_BOX, (8, 4, 4)), backward=True),
-    "hunyuan/2 stride 1": Case(_VIDEO, NeighborhoodSpec(_BOX), backward=True),
+    **_model_cases(),
     "window 40 stride 8": _image(40, 8, 8),
     "window 40 stride 1": _image(40, 1, 8),
     "window 24 stride 8": _image(24, 8, 8),

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from genjax_lab.attention.dense import dense_attention
 from genjax_lab.attention.merging import merge_attentions
 from genjax_lab.attention.neighborhood import box_tile, neighborhood_attention
+from genjax_lab.attention.presets import NEIGHBORHOODS, NeighborhoodPreset
 from genjax_lab.attention.sharded import (
     HaloReport,
     halo_report,
@@ -28,8 +29,10 @@ from genjax_lab.attention.windows import (
 )
 
 __all__ = [
+    "NEIGHBORHOODS",
     "AttentionFunction",
     "HaloReport",
+    "NeighborhoodPreset",
     "NeighborhoodSpec",
     "SimResult",
     "adaptive_spec",

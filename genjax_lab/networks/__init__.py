@@ -1,4 +1,4 @@
-"""Networks as flax linen modules: EDM, EDM2, DiT, VAR; attention is injected as a function."""
+"""Networks as flax linen modules: EDM, EDM2, DiT, MMDiT, VAR; attention comes as a function."""
 
 from genjax_lab.networks.dhariwal_unet import DhariwalUNet, adm_imagenet64
 from genjax_lab.networks.discriminator import Discriminator
@@ -6,12 +6,14 @@ from genjax_lab.networks.dit import DiT, dit_imagenet
 from genjax_lab.networks.edm2_unet import EDM2UNet, edm2_imagenet
 from genjax_lab.networks.image_tokenizer import ImageTokenizer, digits_tokenizer, quantizer_of
 from genjax_lab.networks.magnitude_preserving import normalize_weights
+from genjax_lab.networks.mmdit import MMDiT, TextCondition, mmdit_flux
 from genjax_lab.networks.multi_scale_quantizer import (
     MultiScaleQuantizer,
     token_counts,
     update_usage,
     used_fraction,
 )
+from genjax_lab.networks.neighborhood import NeighborhoodAttention
 from genjax_lab.networks.residual_mlp import ResidualMLP
 from genjax_lab.networks.song_unet import SongUNet, ddpmpp_cifar10, ncsnpp_cifar10
 from genjax_lab.networks.var import VAR, block_causal_mask, drop_class, teacher_forced, var_imagenet
@@ -24,9 +26,12 @@ __all__ = [
     "Discriminator",
     "EDM2UNet",
     "ImageTokenizer",
+    "MMDiT",
     "MultiScaleQuantizer",
+    "NeighborhoodAttention",
     "ResidualMLP",
     "SongUNet",
+    "TextCondition",
     "adm_imagenet64",
     "block_causal_mask",
     "ddpmpp_cifar10",
@@ -34,6 +39,7 @@ __all__ = [
     "dit_imagenet",
     "drop_class",
     "edm2_imagenet",
+    "mmdit_flux",
     "ncsnpp_cifar10",
     "normalize_weights",
     "quantizer_of",

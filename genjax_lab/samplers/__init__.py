@@ -12,7 +12,7 @@ from genjax_lab.samplers.base import (
 from genjax_lab.samplers.batches import sample_batches
 from genjax_lab.samplers.ddim import ddim
 from genjax_lab.samplers.ddpm import ddpm
-from genjax_lab.samplers.denoising import change_process, denoiser
+from genjax_lab.samplers.denoising import change_process, denoiser, switch_by_noise
 from genjax_lab.samplers.dpm_solver import dpm_solver_pp_2m, sde_dpm_solver_pp_2m
 from genjax_lab.samplers.dpm_solver_v3 import dpm_solver_v3
 from genjax_lab.samplers.guidance import (
@@ -56,5 +56,6 @@ __all__ = [
     "sample",
     "sample_batches",
     "sde_dpm_solver_pp_2m",
+    "switch_by_noise",
     "time_steps",
 ]

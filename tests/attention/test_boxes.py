@@ -19,6 +19,10 @@ from genjax_lab.attention.box_plan import choose_tiles, plan_axis, tile_order
 from genjax_lab.attention.windows import AxisWindow, axis_mask
 
 Spec = NeighborhoodSpec
+attend = jax.jit(
+    neighborhood_attention,
+    static_argnames=("spec", "return_lse", "layout", "grid", "q_tile", "implementation"),
+)
 CASES = {
     "line, moved tail": dict(grid=(23,), spec=Spec(9, 4), q_tile=6),
     "dilated line": dict(grid=(23,), spec=Spec(4, 2, 3), extra=3, kv_heads=1),
@@ -155,17 +159,13 @@ def test_tokens_may_stay_in_tiles(dilation):
     tensors, _, _ = problem(grid, spec, extra=2)
     kv_mask = np.random.default_rng(1).random((2, *grid)) < 0.8
     sizes = np.array([[7, 6], [6, 4]])
-    whole = neighborhood_attention(
-        **tensors, spec=spec, kv_mask=kv_mask, grid_sizes=sizes, return_lse=True
-    )
+    whole = attend(**tensors, spec=spec, kv_mask=kv_mask, grid_sizes=sizes, return_lse=True)
     permute = functools.partial(token_permute, tile=tile, dilation=(dilation, 1))
     stored = {
         name: permute(x) if name in ("query", "key", "value") else x for name, x in tensors.items()
     }
     options = {"layout": "tiled", "grid": grid, "q_tile": tile, "return_lse": True}
-    tiled = neighborhood_attention(
-        **stored, spec=spec, kv_mask=permute(kv_mask), grid_sizes=sizes, **options
-    )
+    tiled = attend(**stored, spec=spec, kv_mask=permute(kv_mask), grid_sizes=sizes, **options)
     for ours, theirs in zip(tiled, whole, strict=True):
         back = token_unpermute(ours, grid, tile, (dilation, 1))
         np.testing.assert_allclose(back, theirs, atol=2e-6)
@@ -191,13 +191,13 @@ def test_equal_specs_are_one_program():
     traced = []
 
     @functools.partial(jax.jit, static_argnames="spec")
-    def attend(x, spec):
+    def run(x, spec):
         traced.append(spec)
         return neighborhood_attention(x, x, x, spec)
 
     x = jnp.ones((1, 6, 1, 4))
-    attend(x, Spec([3], stride=2))
-    attend(x, Spec((3,), 2))
+    run(x, Spec([3], stride=2))
+    run(x, Spec((3,), 2))
     assert len(traced) == 1
 
 
@@ -205,10 +205,10 @@ def test_works_under_vmap():
     tensors, _, _ = problem((6,), Spec(3))
     tensors = {name: x for name, x in tensors.items() if name != "scale"}
     more = {name: np.stack([x, 2 * x]) for name, x in tensors.items()}
-    attend = functools.partial(neighborhood_attention, spec=Spec(3))
-    found = jax.vmap(lambda t: attend(**t))(more)
+    near = functools.partial(attend, spec=Spec(3))
+    found = jax.jit(jax.vmap(lambda t: near(**t)))(more)
     for member in range(2):
-        expected = attend(**{name: x[member] for name, x in more.items()})
+        expected = near(**{name: x[member] for name, x in more.items()})
         np.testing.assert_allclose(found[member], expected, atol=1e-6)
 
 

@@ -1,15 +1,18 @@
 """Every config builds its experiment; the full-size ones are the papers' sizes, without running."""
 
 import importlib
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import pytest
 
 import configs
 import experiments
-from experiments import next_scale, self_play, token_rounds
+from experiments import images, next_scale, self_play, token_rounds
+from genjax_lab.attention import NeighborhoodSpec
 from genjax_lab.training import (
     TrainState,
     default_config,
@@ -127,6 +130,25 @@ def test_grid_of_a_round_at_full_size_keeps_its_shapes(name):
     after, metrics = jax.eval_shape(train.step, state, batches)
     assert metrics["delta_real_mean/1"].shape == (1,)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_neighborhoods_of_a_config_are_one_for_all_blocks_or_one_for_each(several):
+    config, near = load("mnist5k_dit_gna"), NeighborhoodSpec(window=4, stride=2)
+    if several:
+        fields = {"neighborhood": [{"window": [4, 3]}, None, {"window": 4, "stride": 2}]}
+        config.network = config.network.to_dict() | fields
+        near = (NeighborhoodSpec((4, 3)), None, near)
+    assert images.make_network(config).neighborhood == near
+    read = ml_collections.ConfigDict(json.loads(config.to_json_best_effort()))
+    assert images.make_network(read).neighborhood == near
+
+
+def test_a_misspelt_neighborhood_is_named():
+    config = load("mnist5k_dit")
+    config.network = config.network.to_dict() | {"neighborhood": {"width": 4}}
+    with pytest.raises(ValueError, match=r"neighborhood.*width"):
+        images.make_network(config)
 
 
 def test_rounds_of_an_unconditional_model_need_no_labels():

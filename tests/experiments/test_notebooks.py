@@ -10,8 +10,9 @@ FOLDER = Path(__file__).parents[2] / "experiments" / "notebooks"
 SMALL = {
     "01_image_diffusion": "NUM_STEPS = 100\nNUM_SAMPLES = 100\nBUDGETS = [5]\n",
     "02_ddo": "NUM_STEPS = 100\nROUND_STEPS = 50\nROUNDS = 1\nNUM_SAMPLES = 100\n",
+    "03_neighborhood_attention": "GRID = (16, 16)\nWINDOWS = (8,)\nREPEATS = 1\n",
 }
-NUM_PICTURES = {"01_image_diffusion": 7, "02_ddo": 4}
+NUM_PICTURES = {"01_image_diffusion": 7, "02_ddo": 4, "03_neighborhood_attention": 4}
 
 
 def test_every_notebook_is_tested():

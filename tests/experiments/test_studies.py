@@ -98,3 +98,23 @@ def test_sampler_benchmark_prints_a_ratio(tmp_path):
     pytest.importorskip("torch")
     start("benchmarks.sampler", "--cases=mlp", "--repeats=1", f"--out={tmp_path}/s.json")
     assert json.loads((tmp_path / "s.json").read_text())["table"]["mlp"]["ratio"] > 0
+
+
+def test_windows_study_compares_windows_and_controls(tmp_path):
+    start("studies.gna", "--seeds=1", "--num_steps=2", "--windows=8", f"--out={tmp_path}")
+    result = json.loads((tmp_path / "gna.json").read_text())
+    assert set(result["swapped"]["8"]) == {
+        *("stride 1", "stride w/4", "stride w/2", "blocks", "flat", "random")
+    }
+    assert result["trained_with_windows"]["processor_seconds_over_dense"][0] > 0
+    assert (tmp_path / "gna.png").stat().st_size > 10_000
+
+
+@pytest.mark.oracle
+def test_attention_benchmark_compares_with_the_bound(tmp_path):
+    pytest.importorskip("torch")
+    arguments = ("--cases=tiny", "--repeats=1", f"--out={tmp_path}/n.json")
+    start("benchmarks.neighborhood_attention", *arguments)
+    (case,) = json.loads((tmp_path / "n.json").read_text())["cases"].values()
+    assert all(row["speed_up"] > 0 and row["bound"] == 1 for row in case.values())
+    assert (tmp_path / "n.png").stat().st_size > 5_000

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from genjax_lab.attention import dense_attention
-from genjax_lab.networks.dit import DiT, dit_imagenet, sine_cosine_positions
+from genjax_lab.networks.dit import DiT, dit_imagenet
+from genjax_lab.networks.token_grid import sine_cosine_positions
 
 ARCHITECTURE = {
     "num_classes": 3,
@@ -176,11 +177,11 @@ def test_fresh_network_returns_zero_and_its_blocks_are_the_identity(quick_jit):
     calls = variables["intermediates"]
     patches, after = (calls[name]["__call__"][0] for name in ("patch_embedding", "block_0"))
     assert float(jnp.std(patches)) > 0.1
-    np.testing.assert_allclose(after, patches + sine_cosine_positions(2, 2, 16), atol=1e-6)
+    np.testing.assert_allclose(after, patches + sine_cosine_positions((2, 2), 16), atol=1e-6)
 
 
 def test_positions_are_distinct_and_differ_along_each_axis_alone():
-    positions = sine_cosine_positions(3, 5, 12)
+    positions = sine_cosine_positions((3, 5), 12)
     assert positions.shape == (3, 5, 12)
     columns, rows = positions[..., :6], positions[..., 6:]
     np.testing.assert_array_equal(columns, np.broadcast_to(columns[:1], columns.shape))
@@ -276,7 +277,9 @@ def test_moving_patches_moves_the_output_only_because_of_positions(
 
     moved, expected = moved_and_its_expectation()
     assert float(jnp.abs(moved - expected).max()) > 1e-2
-    monkeypatch.setattr("genjax_lab.networks.dit.sine_cosine_positions", lambda *s: np.zeros(s))
+    monkeypatch.setattr(
+        "genjax_lab.networks.dit.sine_cosine_positions", lambda grid, c: np.zeros((*grid, c))
+    )
     moved, expected = moved_and_its_expectation()
     np.testing.assert_allclose(moved, expected, atol=1e-5)
 
@@ -346,4 +349,4 @@ def test_unknown_sizes_are_refused():
     with pytest.raises(ValueError, match="XL/3"):
         dit_imagenet("XL/3")
     with pytest.raises(ValueError, match="divisible by 4"):
-        sine_cosine_positions(2, 2, 6)
+        sine_cosine_positions((2, 2), 6)

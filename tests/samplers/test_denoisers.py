@@ -121,6 +121,41 @@ def test_restated_denoiser_counts_in_its_own_time():
     assert [int(restated.evaluations(s)) for s in t] == [1, 2, 2, 1]
 
 
+def test_another_denoiser_takes_over_at_a_noise_level():
+    """In the first two of five steps of a sampler, the time of the second being the level."""
+    memory = {"rows": jnp.zeros((8, 1, 1, 1))}
+    first, second = conditional(memory=memory), conditional((0.0, 0.5, 1.0, 0.0))
+    times = [8.0, 4.0, 2.0, 1.0, 0.4, 0.0]
+    denoise = samplers.switch_by_noise(first, second, times[2])
+    for t, alone in ((8.0, first), (4.0, first), (2.0, second), (1.0, second)):
+        (x0, remembered), rows = rows_evaluated(lambda t=t: predict(denoise, t))
+        assert rows == 8 == 8 * int(denoise.evaluations(jnp.float32(t)))
+        np.testing.assert_allclose(x0, predict(alone, t)[0], rtol=1e-6)
+        assert bool(jnp.any(remembered[0]["rows"])) == (alone is first)
+    sampler = samplers.euler(denoise, num_steps=5, times=times)
+    _, info = samplers.sample(sampler, jax.random.key(0), shape=X.shape, condition=LABELS)
+    assert info.num_evaluations == 5
+
+    t = np.array([3, 1, 5, 0.5, 2, 2.1, 9, 1], np.float32)
+    both, rows = rows_evaluated(lambda: predict(denoise, t)[0])
+    assert rows == 16 == 8 * int(denoise.evaluations(t))
+    expected = [predict(alone, t)[0] for alone in (first, second)]
+    np.testing.assert_allclose(both, np.where((t > 2)[:, None, None, None], *expected), rtol=1e-6)
+
+
+def test_a_denoiser_that_takes_over_is_restated_and_its_noise_level_is_that_of_the_signal():
+    flow = processes.flow()  # sigma(t) / alpha(t) = t / (1 - t)
+    denoise = samplers.switch_by_noise(
+        gaussian_denoiser(flow, 0.3), gaussian_denoiser(EDM, 0.1), jnp.float32(3)
+    )
+    for t, mean in ((1.0, 0.3), (0.76, 0.3), (0.74, 0.1)):
+        expected, _ = gaussian_denoiser(flow, mean).predict((), X, jnp.float32(t), None)
+        result, _ = predict(denoise, t)
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="sigma must be at least 0"):
+        samplers.switch_by_noise(conditional(), conditional(), -1.0)
+
+
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.5])
 def test_classifier_free_guidance_extrapolates(guidance_scale):
     null = np.full_like(LABELS, NUM_CLASSES)
