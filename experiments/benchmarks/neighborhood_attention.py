@@ -207,6 +207,8 @@ def main(_: Sequence[str]) -> None:
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
+    out = Path(_OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
     table = {}
     for name in names:
         case = CASES[name]
@@ -219,10 +221,11 @@ def main(_: Sequence[str]) -> None:
                 f"({row['fraction']:.0%})  over PyTorch {row['over_pytorch']:.2f}",
                 flush=True,
             )
-    out = Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    correlation = draw(table, out.with_suffix(".png"))
-    print(f"rank correlation of bounds and speed-ups: {correlation}")
+        write(table, out)  # what there is so far
+
+
+def write(table: dict[str, dict[str, Any]], out: Path) -> None:
+    """Writes table and figure."""
     summary = {
         "command": " ".join(
             ["python -m experiments.benchmarks.neighborhood_attention", *sys.argv[1:]]
@@ -230,7 +233,7 @@ def main(_: Sequence[str]) -> None:
         "jax": jax.__version__,
         "torch": torch.__version__,
         "repeats": _REPEATS.value,
-        "rank_correlation": correlation,
+        "rank_correlation": draw(table, out.with_suffix(".png")),
         "cases": table,
     }
     out.write_text(json.dumps(summary, indent=1) + "\n")

@@ -91,10 +91,10 @@ def random_keys(query: jax.Array, key: jax.Array, value: jax.Array, *, keys: int
 def variants(window: int) -> dict[str, Attention]:
     """Attentions that all see window^2 keys."""
     strides = {
-        1: "stride 1",
-        window // 4: "stride w/4",
-        window // 2: "stride w/2",
         window: "blocks",
+        window // 2: "stride w/2",
+        window // 4: "stride w/4",
+        1: "stride 1",  # of a window of 4 the last two are the same
     }
     made = {
         name: functools.partial(neighborhood_attention, spec=NeighborhoodSpec(window, stride))
