@@ -73,7 +73,7 @@ def _model_cases() -> dict[str, Case]:
         case = Case(shape.grid, shape.spec, True, shape.heads, shape.head_dim)
         cases[shape.name] = case
         sliding = dataclasses.replace(shape.spec, stride=1)
-        cases[f"{shape.name}, stride 1"] = case._replace(spec=sliding)
+        cases[f"{shape.name} stride 1"] = case._replace(spec=sliding)
     return cases
 
 
@@ -87,8 +87,8 @@ CASES = {
     "window 16 stride 16": _image(16, 16, 16),
     "window 16 stride 8": _image(16, 8, 8),
     "window 16 stride 1": _image(16, 1, 8),
-    "window 20 stride 4, tile 4": _image(20, 4, 4),
-    "window 20 stride 1, tile 16": _image(20, 1, 16),
+    "window 20 stride 4 tile 4": _image(20, 4, 4),
+    "window 20 stride 1 tile 16": _image(20, 1, 16),
     "window 48 stride 16": _image(48, 16, 16),
     "line of 8192": Case((8192,), NeighborhoodSpec(1024, 256), q_tile=(256,), heads=1),
 }

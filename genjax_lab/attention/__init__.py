@@ -10,8 +10,9 @@ from collections.abc import Callable
 from jaxtyping import Array
 
 from genjax_lab.attention.dense import dense_attention
+from genjax_lab.attention.grid_boxes import box_tile
 from genjax_lab.attention.merging import merge_attentions
-from genjax_lab.attention.neighborhood import box_tile, neighborhood_attention
+from genjax_lab.attention.neighborhood import neighborhood_attention
 from genjax_lab.attention.presets import NEIGHBORHOODS, NeighborhoodPreset
 from genjax_lab.attention.sharded import (
     HaloReport,
