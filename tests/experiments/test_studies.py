@@ -116,5 +116,5 @@ def test_attention_benchmark_compares_with_the_bound(tmp_path):
     arguments = ("--cases=tiny", "--repeats=1", f"--out={tmp_path}/n.json")
     start("benchmarks.neighborhood_attention", *arguments)
     (case,) = json.loads((tmp_path / "n.json").read_text())["cases"].values()
-    assert all(row["speed_up"] > 0 and row["bound"] == 1 for row in case.values())
+    assert all(row["speed_up"] > 0 and row["bound"] >= 1 for row in case.values())
     assert (tmp_path / "n.png").stat().st_size > 5_000
