@@ -179,13 +179,14 @@ def draw(table: dict[str, dict[str, Any]], path: Path) -> float | None:
     figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
     axes.plot([1, max(bounds)], [1, max(bounds)], color="0.6", label="the bound itself")
     for is_sliding, label in ((False, "stride > 1"), (True, "stride 1")):
-        chosen = [("stride 1" in name) == is_sliding for name in table]
+        chosen = [(CASES[name].spec.stride == 1) == is_sliding for name in table]
         points = [(b, r) for b, r, keep in zip(bounds, reached, chosen, strict=True) if keep]
         if points:
             axes.plot(*zip(*points, strict=True), "o", label=label)
     for name, x, y in zip(table, bounds, reached, strict=True):
         axes.annotate(name, (x, y), fontsize=6, xytext=(4, -2), textcoords="offset points")
     axes.set(
+        xlim=(0.9, 2 * max(bounds)),
         xscale="log",
         yscale="log",
         xlabel="simulated bound",
