@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -228,8 +229,8 @@ def main(_: Sequence[str]) -> None:
 def write(table: dict[str, dict[str, Any]], out: Path) -> None:
     """Writes table and figure."""
     summary = {
-        "command": " ".join(
-            ["python -m experiments.benchmarks.neighborhood_attention", *sys.argv[1:]]
+        "command": shlex.join(
+            ["python", "-m", "experiments.benchmarks.neighborhood_attention", *sys.argv[1:]]
         ),
         "jax": jax.__version__,
         "torch": torch.__version__,

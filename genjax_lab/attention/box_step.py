@@ -43,13 +43,9 @@ class BoxPlan:
         """Axes of the grid."""
         return len(self.tile)
 
-    def visits(self, axes: Sequence[box_plan.AxisPlan], batch: int) -> np.ndarray:
-        """Rows (example, head of keys, tile along each axis), in the order of a loop."""
-        tiles = box_plan.tile_order(tuple(len(axis.first) for axis in axes))
-        outer = np.array(list(np.ndindex(batch, self.kv_heads)), np.int32)
-        return np.concatenate(
-            [np.repeat(outer, len(tiles), 0), np.tile(tiles, (len(outer), 1))], axis=1
-        )
+    def tiles(self, axes: Sequence[box_plan.AxisPlan]) -> np.ndarray:
+        """Indices [tiles, axes] of the tiles of a loop, in its order."""
+        return box_plan.tile_order(tuple(len(axis.first) for axis in axes))
 
 
 class Box:
@@ -58,12 +54,14 @@ class Box:
     Rows are the tile's queries, row-major, with the heads that share keys innermost.
     """
 
-    def __init__(self, plan: BoxPlan, loop: int, tensors: dict, tables: dict, place: Array):
+    def __init__(self, plan: BoxPlan, loop: int, tensors: dict, tables: dict, step: Array):
         self.plan, self.tensors, self.tables = plan, tensors, tables
         self.axes, self.arrays = plan.loops[loop], tables["loops"][loop]
-        self.example, self.head = place[0], place[1]
+        tiles = plan.tiles(self.axes)
+        outer, tile = step // len(tiles), step % len(tiles)
+        self.example, self.head = outer // plan.kv_heads, outer % plan.kv_heads
         self.group = tensors["query"].shape[-2] // plan.kv_heads
-        self.at = [place[2 + axis] for axis in range(plan.rank)]
+        self.at = list(jnp.asarray(tiles)[tile])
         self.row = tables["rows"][self.example]
         self.q_first = [
             jnp.asarray(axis.first, jnp.int32)[i]

@@ -1,6 +1,6 @@
 """Attention of tiles of queries to boxes of keys, in plain XLA: no array has queries by all keys.
 
-One loop runs over examples, heads and tiles. A tile takes its box out of the keys and values, and
+A loop runs over examples, heads and tiles. A tile takes its box out of the keys and values, and
 two matrix products of the tile's size do the rest; memory grows with the number of tokens, time
 with the keys that are seen. What a query does not see of its tile's box is masked by adding, to the
 logits, the product of two thin matrices: the class of a query along an axis (one-hot), and a
@@ -159,9 +159,9 @@ def _attend(plan: BoxPlan, tensors: dict, tables: dict) -> tuple[Array, Array]:
     query, value = tensors["query"], tensors["value"]
     shifts = logit_bounds(plan, tensors, tables)
 
-    def visit(number, carry, place):
+    def visit(number, carry, step):
         out, lse = carry
-        box = Box(plan, number, tensors, tables, place)
+        box = Box(plan, number, tensors, tables, step)
         logits = box.logits()
         shift = box.take_queries(shifts[..., None])[:, 0]
         # Only rows whose bound is too large take their maximum, so that no row's result depends on
@@ -204,8 +204,8 @@ def _backward(plan, residuals, cotangents):
     lse = jnp.where(seen, lse, jnp.inf)
     per_row = jnp.stack([jnp.where(seen, delta, 0), lse], axis=-1)
 
-    def visit(number, bars, place):
-        box = Box(plan, number, tensors, tables, place)
+    def visit(number, bars, step):
+        box = Box(plan, number, tensors, tables, step)
         out_bar_tile = box.take_queries(out_bar)
         delta_tile, lse_tile = jnp.moveaxis(box.take_queries(per_row), -1, 0)
         if box.has_overlaps():
@@ -238,6 +238,6 @@ _attend.defvjp(_forward, _backward)
 def _run_loops(plan: BoxPlan, visit: Callable, carry: Any, batch: int) -> Any:
     """One loop after the other, over tiles of one shape each."""
     for number, axes in enumerate(plan.loops):
-        step = jax.checkpoint(functools.partial(visit, number))
-        carry, _ = jax.lax.scan(step, carry, plan.visits(axes, batch))
+        steps = jnp.arange(batch * plan.kv_heads * len(plan.tiles(axes)), dtype=jnp.int32)
+        carry, _ = jax.lax.scan(jax.checkpoint(functools.partial(visit, number)), carry, steps)
     return carry

@@ -13,7 +13,15 @@ LAYOUTS = ("grid", "tiled")
 
 
 class Problem(NamedTuple):
-    """A neighborhood of a grid, and how its tokens are stored."""
+    """A neighborhood of a grid, and how its tokens are stored.
+
+    Attributes:
+        spec: the neighborhood.
+        axes: the same along each axis of the grid.
+        grid: tokens along each axis.
+        layout: "grid" or "tiled".
+        q_tile, kv_tile: edges of tiles; with layout="tiled" those that tokens are stored in.
+    """
 
     spec: NeighborhoodSpec
     axes: tuple[AxisWindow, ...]

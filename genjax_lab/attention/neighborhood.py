@@ -8,6 +8,7 @@ over the keys j that query i sees. `functools.partial(neighborhood_attention, sp
 attention function that networks take.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -109,11 +110,10 @@ def neighborhood_attention(
         "additional_values": additional_values,
         "kv_mask": kv_mask,
     }
-    options["precision"] = precision
-    if implementation == "reference":
-        out, lse = masked_attention(query, key, value, spec, **arguments, **options)
-    elif implementation == "xla":
-        out, lse = attend_in_boxes(problem, query, key, value, **arguments, **options)
+    if implementation != "pallas":
+        out, lse = _compiled(
+            *(query, key, value, arguments | options), problem, implementation, precision
+        )
     else:
         out, lse = kernels.kernel_attention(
             query,
@@ -128,6 +128,22 @@ def neighborhood_attention(
             platform=jax.default_backend(),
         )
     return (out, lse) if return_lse else out
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _compiled(
+    query: Array,
+    key: Array,
+    value: Array,
+    arrays: dict[str, Any],
+    problem: Problem,
+    implementation: str,
+    precision: jax.lax.PrecisionLike,
+) -> tuple[Array, Array]:
+    """One program for each problem, so that calls outside of `jax.jit` do not compile again."""
+    if implementation == "reference":
+        return masked_attention(query, key, value, problem.spec, **arrays, precision=precision)
+    return attend_in_boxes(problem, query, key, value, **arrays, precision=precision)
 
 
 def _choose(

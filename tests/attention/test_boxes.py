@@ -10,6 +10,7 @@ from random_windows import random_spec
 
 from genjax_lab.attention import (
     NeighborhoodSpec,
+    box_plan,
     box_tile,
     neighborhood_attention,
     token_permute,
@@ -27,7 +28,9 @@ CASES = {
     "line, moved tail": dict(grid=(23,), spec=Spec(9, 4), q_tile=6),
     "dilated line": dict(grid=(23,), spec=Spec(4, 2, 3), extra=3, kv_heads=1),
     "causal image": dict(grid=(7, 9), spec=Spec((5, 4), 2, 1, (True, False)), q_tile=(3, 4)),
-    "cut off": dict(grid=(8, 7), spec=Spec((5, 3), (2, 1), (1, 2), border="mask"), bias=True),
+    "cut off": dict(
+        grid=(8, 7), spec=Spec((5, 3), (2, 1), (1, 2), border="mask"), bias=True, kv_heads=1
+    ),
     "around": dict(grid=(6, 8), spec=Spec((3, 5), 1, (2, 1), border="wrap"), bias=True, extra=1),
     "video": dict(grid=(4, 6, 5), spec=Spec((3, 4, 3), (2, 4, 1)), kv_heads=1, large=True),
     "padded": dict(grid=(6, 7), spec=Spec((4, 3), 2, (1, 2)), extra=2, sizes=True, bias=True),
@@ -187,7 +190,7 @@ def test_memory_grows_with_the_tokens():
     assert large < 65536 * 16 * 4 * 20  # twenty arrays of tokens; all pairs would be 17 GB
 
 
-def test_equal_specs_are_one_program():
+def test_equal_specs_are_one_program(monkeypatch):
     traced = []
 
     @functools.partial(jax.jit, static_argnames="spec")
@@ -199,6 +202,14 @@ def test_equal_specs_are_one_program():
     run(x, Spec([3], stride=2))
     run(x, Spec((3,), 2))
     assert len(traced) == 1
+    planned = []
+    choose = box_plan.choose_tiles
+    monkeypatch.setattr(
+        box_plan, "choose_tiles", lambda *a, **k: planned.append(0) or choose(*a, **k)
+    )
+    for _ in range(2):  # nor is anything compiled again without jit
+        neighborhood_attention(x, x, x, Spec(4, 3))
+    assert len(planned) == 1
 
 
 def test_works_under_vmap():
