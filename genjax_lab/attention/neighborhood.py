@@ -78,7 +78,8 @@ def neighborhood_attention(
             `q_tile`: all arrays over the grid are then `[batch * dilation groups, tokens, ...]`, as
             is the output, and `kv_tile` is `q_tile`. Networks permute once, at both their ends.
         grid: tokens along each axis, for layout="tiled".
-        precision: of the matrix products, but for the kernel, whose products are exact.
+        precision: of the matrix products, but for the kernels: those for GPUs round float32 to the
+            10 bits of mantissa of TF32, those for TPUs are exact.
 
     Returns:
         `out` [batch, *grid, heads, value_dim] in the query's type, or (out, lse). `lse`, [batch,
