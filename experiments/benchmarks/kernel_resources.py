@@ -8,6 +8,7 @@ the same. Prints registers and spilled bytes of a thread, shared memory of a blo
 tensor-core instruction found; writes experiments/results/kernel_resources.json.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -29,9 +30,18 @@ _SHAPES = flags.DEFINE_list("shapes", None, "Names of attention shapes; all by d
 _TARGETS = flags.DEFINE_list("targets", ["80", "90", "100"], "Compute capabilities, times ten.")
 _OUT = flags.DEFINE_string("out", "experiments/results/kernel_resources.json", "Where they go.")
 
-MAX_SPILL = 64  # bytes of a thread
+# Bytes of a thread. Kernels with four warps spill up to this, mostly around their loops, and were
+# still the fastest on an H100.
+MAX_SPILL = 640
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block
 TENSOR_CORES = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")  # newest first
+
+
+def on_described_gpu() -> contextlib.AbstractContextManager[None]:
+    """Within it programs may be lowered for a GPU where there is none; newer JAX asks which."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 class Kernel(NamedTuple):
@@ -99,6 +109,7 @@ def kernels_of(shape: AttentionShape) -> list[Kernel]:
     with (
         mock.patch.object(registration.lowering, "lower_jaxpr_to_triton_module", lowered),
         mock.patch.object(registration.mlir, "custom_call", called),
+        on_described_gpu(),
     ):
         program = jax.jit(gradient).trace(query, key, key, extra, extra)
         program.lower(lowering_platforms=("cuda",))

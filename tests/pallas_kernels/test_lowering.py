@@ -38,8 +38,13 @@ def test_forward_and_gradients_are_lowered(name, platform):
         outputs, backward = jax.vjp(attend, *arrays)
         return outputs, backward(outputs)
 
-    lowered = jax.jit(gradient).trace(*operands(shape, platform))
-    text = lowered.lower(lowering_platforms=("cuda" if platform == "gpu" else "tpu",)).as_text()
+    arrays = operands(shape, platform)
+    if platform == "gpu":
+        with kernel_resources.on_described_gpu():
+            lowered = jax.jit(gradient).trace(*arrays).lower(lowering_platforms=("cuda",))
+    else:
+        lowered = jax.jit(gradient).trace(*arrays).lower(lowering_platforms=("tpu",))
+    text = lowered.as_text()
     calls = re.findall(r"@(__gpu\$xla\.gpu\.triton|triton_kernel_call\w*|tpu_custom_call)\b", text)
     # Forward, gradients of queries, of keys and, with a text, of additional keys.
     assert len(calls) == 3 + (shape.num_additional > 0)
