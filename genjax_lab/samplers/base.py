@@ -94,6 +94,7 @@ class Sampler(NamedTuple):
         allows.
       num_steps: transitions made (at most, where `finished` is given).
       finished: state -> bool scalar; stops the loop early.
+      report: state -> what else is to be told of the final state, a pytree of arrays.
     """
 
     init: Callable[[Key[Array, "batch"], tuple[int, ...], PyTree], SamplerState]
@@ -101,6 +102,7 @@ class Sampler(NamedTuple):
     transition: Callable[[Key[Array, "batch"], SamplerState, PyTree], SamplerState]
     num_steps: int
     finished: Callable[[SamplerState], Array] | None = None
+    report: Callable[[SamplerState], PyTree] | None = None
 
 
 class SampleInfo(NamedTuple):
@@ -111,12 +113,14 @@ class SampleInfo(NamedTuple):
       num_steps: transitions made.
       trajectory: the iterate after every step, [num_steps, batch, ...], or None.
       predictions: the prediction of every step, likewise.
+      report: what the sampler reports of its final state, or None.
     """
 
     num_evaluations: Int[Array, ""]
     num_steps: Int[Array, ""]
     trajectory: Array | None
     predictions: PyTree
+    report: PyTree = None
 
 
 def sample(
@@ -226,7 +230,8 @@ def _run(
             lambda state: advance(state)[0],
             state,
         )
-    return state.sample, SampleInfo(state.shared.evaluations, state.step, *trace)
+    report = None if sampler.report is None else sampler.report(state)
+    return state.sample, SampleInfo(state.shared.evaluations, state.step, *trace, report)
 
 
 def example_keys(key: PRNGKeyArray, seeds: Int[Array, "batch"]) -> Key[Array, "batch"]:
