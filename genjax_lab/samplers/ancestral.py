@@ -1,0 +1,408 @@
+"""Ancestral sampling of masked diffusion, with and without remasking.
+
+From time t to s < t a masked token stays the mask with probability (1 - alpha(s)) / (1 - alpha(t))
+and is else a token of the model's law (arXiv 2406.07524, 2406.04329). Remasking (ReMDM, arXiv
+2503.00307) also masks tokens again, with probability sigma, and makes up for it:
+
+    token -> mask          sigma,   0 <= sigma <= min(1, (1 - alpha_s) / alpha_t)
+    mask  -> token ~ p     (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)
+
+which keeps the law of x_t at every time whatever sigma is. Forward-backward sampling (arXiv
+2205.14987) and the corrector of discrete flow matching (arXiv 2407.15595) are choices of sigma.
+
+A network that is not told the time is evaluated again only when a token of the batch has changed.
+Tokens are drawn in two stages, whether and which, or jointly from the V + 1 classes with the mask
+among them: in exact arithmetic the same, but with float32 noise the second draws improbable tokens
+too rarely and too late (arXiv 2409.02908); it is kept to study that.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int
+
+from genjax_lab.processes.masked import MaskSchedule, linear
+from genjax_lab.samplers.base import ExampleState, Sampler, SamplerState, SharedState
+from genjax_lab.samplers.categorical import exact_categorical
+from genjax_lab.samplers.tokens import (
+    DrawOptions,
+    TokenDenoiser,
+    check_sequences,
+    draw_rows,
+    masks_left,
+    place,
+)
+
+DRAWS = ("two_stage", "joint", "joint_float32", "joint_float64")
+STRATEGIES = ("cap", "rescale", "confidence", "loop", "forward_backward", "flow_corrector")
+ROWS = 16  # of each sequence that are drawn at once
+
+
+class AncestralReport(NamedTuple):
+    """What is told beside the samples.
+
+    Attributes:
+        revealed_at: [batch, length], the step after which a token stood last; -1 where none was
+            drawn.
+        masks_filled: [batch], tokens that were masked when the time had run out, and were filled
+            with the most probable ones.
+        masks_left: [batch], tokens that are masked still.
+    """
+
+    revealed_at: Int[Array, "batch length"]
+    masks_filled: Int[Array, "batch"]
+    masks_left: Int[Array, "batch"]
+
+
+class _Path(NamedTuple):
+    """What happens in each step, [num_steps]."""
+
+    t: Array  # of the network
+    reveal: Array  # probability that a mask becomes a token, without remasking
+    masked: Array  # 1 - alpha before the step
+    sigma: Array  # probability of remasking
+    spreads: Array  # whether sigma is spread by confidence
+
+
+class _History(NamedTuple):
+    revealed_at: Int[Array, "batch length"]
+    log_probability: Float[Array, "batch length"]  # with which each token was drawn
+    filled: Int[Array, "batch"]
+
+
+class _Settings(NamedTuple):
+    draw: str
+    options: DrawOptions
+    time_conditioned: bool
+    num_steps: int
+    remasks: bool
+
+
+def ancestral(
+    denoiser: TokenDenoiser,
+    length: int,
+    *,
+    num_steps: int,
+    schedule: MaskSchedule | None = None,
+    times: Float[np.ndarray, "steps"] | None = None,
+    draw: str = "two_stage",
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int = 0,
+    top_p: float | Float[Array, ""] = 1.0,
+    min_p: float | Float[Array, ""] = 0.0,
+    time_conditioned: bool = False,
+) -> Sampler:
+    """The sampler; its samples are int32 tokens [batch, length].
+
+    `initial` may have tokens that stand, around masks. Reports an `AncestralReport`; evaluations
+    are counted as they are made.
+
+    Args:
+        denoiser: the network.
+        length: tokens of a sequence.
+        num_steps: T.
+        schedule: linear if None.
+        times: num_steps + 1 falling times from at most 1 to at least 0; even steps from 1 to 0 if
+            None. Where they end above 0, masks that are left are filled with the most probable
+            tokens in one more step.
+        draw: "two_stage"; "joint", from V + 1 classes, exactly; "joint_float32", likewise with the
+            default float32 noise of `jax.random.gumbel`; "joint_float64", with float64 noise, which
+            needs `jax_enable_x64`.
+        temperature, top_k, top_p, min_p: of the tokens, see `exact_categorical` and `logit_floor`.
+        time_conditioned: whether the network is told the time; it is then evaluated in every step.
+
+    Raises:
+        ValueError: if a number is out of range; in sampling, if the shape is another.
+    """
+    schedule = linear() if schedule is None else schedule
+    times = _times(num_steps, times)
+    share = np.asarray(schedule.masked(jnp.asarray(times, jnp.float32)), np.float64)
+    zero = np.zeros(num_steps)
+    path = _Path(times[:-1], 1 - share[1:] / share[:-1], share[:-1], zero, zero.astype(bool))
+    options = DrawOptions(temperature, top_k, top_p, min_p).checked(denoiser.vocab_size)
+    return _sampler(denoiser, length, path, draw, options, time_conditioned, times[-1] > 0)
+
+
+def remasking(
+    denoiser: TokenDenoiser,
+    length: int,
+    *,
+    num_steps: int,
+    strategy: str = "rescale",
+    eta: float = 0.02,
+    schedule: MaskSchedule | None = None,
+    loop: tuple[float, float] = (0.55, 0.05),
+    loop_alpha: float = 0.9,
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int = 0,
+    top_p: float | Float[Array, ""] = 1.0,
+    min_p: float | Float[Array, ""] = 0.0,
+    time_conditioned: bool = False,
+) -> Sampler:
+    """Ancestral sampling that masks tokens again, by ReMDM's strategies and two older ones.
+
+    With sigma_max = min(1, (1 - alpha_s) / alpha_t), sigma is
+
+        "cap"               min(eta, sigma_max)
+        "rescale"           eta sigma_max
+        "confidence"        sigma_max softmax(-p)_i over the tokens that stand, of which each was
+                            drawn with probability p
+        "loop"              eta in the loop, where alpha stays at `loop_alpha`; else 0
+        "forward_backward"  (alpha_s - alpha_t) / alpha_t
+        "flow_corrector"    10 t^(1/4) (1 - t)^(1/4) times that
+
+    each at most sigma_max.
+
+    Args:
+        denoiser, length, num_steps, schedule: as for `ancestral`.
+        strategy: one of the above.
+        eta: strength, at least 0; 0 is ancestral sampling.
+        loop: times (on, off) between which "loop" stays.
+        loop_alpha: share of tokens that stand in the loop.
+        temperature, top_k, top_p, min_p, time_conditioned: as for `ancestral`.
+
+    Raises:
+        ValueError: as `ancestral`, and for an unknown strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy is {strategy!r}, not in {STRATEGIES}")
+    if not 0 <= eta < float("inf"):
+        raise ValueError(f"eta is {eta}; it must be at least 0")
+    on, off = loop
+    if not (1 > on > off > 0 and 0 < loop_alpha < 1):
+        raise ValueError(
+            "loop must be two falling times within (0, 1), and loop_alpha within (0, 1), got "
+            f"{loop} and {loop_alpha}"
+        )
+    schedule = linear() if schedule is None else schedule
+    times = _times(num_steps, None)
+    share = np.asarray(schedule.masked(jnp.asarray(times, jnp.float32)), np.float64)
+    in_loop = np.zeros(num_steps, bool)
+    if strategy == "loop":
+        # To loop_alpha until `on`, there until `off`, and to 1.
+        share = np.where(
+            times >= on,
+            1 - loop_alpha * (1 - times) / (1 - on),
+            np.where(times > off, 1 - loop_alpha, (1 - loop_alpha) * times / off),
+        )
+        in_loop = np.isclose(share[1:], share[:-1])
+        times = np.asarray(schedule.time_of(jnp.asarray(share, jnp.float32)), np.float64)
+    alpha_t, alpha_s = 1 - share[:-1], 1 - share[1:]
+    with np.errstate(divide="ignore"):
+        most = np.minimum(1, np.where(alpha_t > 0, share[1:] / alpha_t, 1))
+        growth = np.where(alpha_t > 0, (alpha_s - alpha_t) / alpha_t, 0)
+    t = times[:-1]
+    sigma = {
+        "cap": np.minimum(eta, most),
+        "rescale": eta * most,
+        "confidence": most,
+        "loop": np.where(in_loop, np.minimum(eta, most), 0),
+        "forward_backward": growth,
+        "flow_corrector": 10 * (t * (1 - t)) ** 0.25 * growth,
+    }[strategy]
+    sigma = np.where(alpha_t > 0, np.minimum(sigma, most), 0)
+    spreads = np.full(num_steps, strategy == "confidence")
+    path = _Path(t, 1 - share[1:] / share[:-1], share[:-1], sigma, spreads)
+    options = DrawOptions(temperature, top_k, top_p, min_p).checked(denoiser.vocab_size)
+    return _sampler(denoiser, length, path, "two_stage", options, time_conditioned, False)
+
+
+def _times(num_steps: int, times) -> np.ndarray:
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; it must be positive")
+    if times is None:
+        return np.linspace(1, 0, num_steps + 1)
+    times = np.asarray(times, np.float64)
+    falls = times.shape == (num_steps + 1,) and np.all(np.diff(times) < 0)
+    if not falls or times[0] > 1 or times[-1] < 0:
+        raise ValueError(f"times must be {num_steps + 1} falling numbers in [0, 1], got {times}")
+    return times
+
+
+def _sampler(denoiser, length, path, draw, options, time_conditioned, fills) -> Sampler:
+    if length < 1:
+        raise ValueError(f"length is {length}; it must be positive")
+    if draw not in DRAWS:
+        raise ValueError(f"draw is {draw!r}, not in {DRAWS}")
+    if draw == "joint_float64" and not jax.config.jax_enable_x64:
+        raise ValueError("draw='joint_float64' needs jax_enable_x64")
+    plain = options._replace(temperature=1.0).cuts == DrawOptions().cuts
+    if draw != "two_stage" and not (plain and options.temperature == 1.0):
+        raise ValueError(f"draw={draw!r} is for temperature 1 without cuts, got {options}")
+    num_steps = len(path.t)
+    settings = _Settings(draw, options, bool(time_conditioned), num_steps, bool(np.any(path.sigma)))
+    path = jax.tree.map(lambda x: jnp.asarray(x, None if x.dtype == bool else jnp.float32), path)
+    return Sampler(
+        init=Partial(_init, denoiser, length, settings),
+        predict=Partial(_predict, denoiser, settings, path),
+        transition=Partial(_transition, denoiser, settings, path),
+        num_steps=num_steps + bool(fills),
+        report=Partial(_report, denoiser),
+    )
+
+
+def _init(denoiser, length, settings, keys, shape, condition):
+    del keys
+    check_sequences(shape, length)
+    batch = shape[0]
+    history = _History(
+        jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), jnp.zeros((batch,), jnp.int32)
+    )
+    sample = jnp.full(shape, denoiser.mask_id, jnp.int32)
+    memory = ()
+    if not settings.time_conditioned:
+        logits = jax.eval_shape(denoiser.predict, sample, None, condition, None)
+        memory = (jnp.zeros(logits.shape, logits.dtype), jnp.bool_(True))
+    return SamplerState(
+        ExampleState(sample, condition, history), SharedState(jnp.int32(0), memory, jnp.int32(0))
+    )
+
+
+def _predict(denoiser, settings, path, state):
+    example, shared = state
+    if settings.time_conditioned:
+        t = path.t[jnp.minimum(shared.step, settings.num_steps - 1)]
+        t = jnp.broadcast_to(t, example.sample.shape[:1])
+        logits = denoiser.predict(example.sample, t, example.condition, None)
+        count = denoiser.evaluations
+    else:
+        cached, changed = shared.memory
+        logits = jax.lax.cond(
+            changed,
+            lambda: denoiser.predict(example.sample, None, example.condition, None),
+            lambda: cached,
+        )
+        count = denoiser.evaluations * changed
+        shared = shared._replace(memory=(logits, jnp.bool_(False)))
+    shared = shared._replace(evaluations=shared.evaluations + count)
+    return logits, SamplerState(example, shared)
+
+
+def _transition(denoiser, settings, path, keys, state, logits):
+    example, shared = state
+    step = jnp.minimum(shared.step, settings.num_steps - 1)
+    masked = example.sample == denoiser.mask_id
+    move_keys, draw_keys = _pairs(keys)
+    sigma = path.sigma[step]
+    share = path.masked[step]
+    # Where sigma is spread over the tokens that stand, those that do not have none, as in ReMDM.
+    spreads = path.spreads[step]
+    reveal = path.reveal[step] + jnp.where(spreads, 0, sigma) * (1 - share) / share
+    reveal = jnp.broadcast_to(reveal, masked.shape[:1])
+    if settings.remasks:
+        sigma = sigma * jnp.where(spreads, _spread(example, masked), 1.0)
+    probability = jnp.where(masked, reveal[:, None], sigma)
+    moves = _happens(move_keys, probability)
+    fills = shared.step >= settings.num_steps
+    if settings.draw == "two_stage":
+        chosen = masked & (moves | fills)
+        sample, log_probability = _draw(settings.options, draw_keys, example, logits, chosen, fills)
+    else:
+        chosen = masked
+        sample = _draw_jointly(settings.draw, draw_keys, example.sample, logits, masked, reveal)
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        sample = jnp.where(masked & fills, best, sample)
+        log_probability = example.history.log_probability
+    sample = jnp.where(~masked & moves & ~fills, denoiser.mask_id, sample)
+    revealed = masked & (sample != denoiser.mask_id)
+    history = _History(
+        jnp.where(revealed, shared.step, example.history.revealed_at),
+        log_probability,
+        jnp.where(fills, jnp.sum(revealed, axis=1), example.history.filled),
+    )
+    if not settings.time_conditioned:
+        memory = (shared.memory[0], jnp.any(sample != example.sample))
+        shared = shared._replace(memory=memory)
+    return SamplerState(example._replace(sample=sample, history=history), shared)
+
+
+def _pairs(keys):
+    pairs = jax.vmap(jax.random.split)(keys)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _happens(keys, probability):
+    """True with these probabilities, to 2^-32."""
+    bits = jax.vmap(lambda key: jax.random.bits(key, probability.shape[1:], jnp.uint32))(keys)
+    high, low = (bits >> 16).astype(jnp.float32), (bits & 0xFFFF).astype(jnp.float32)
+    # In two steps, since a float32 in [0, 1) has but 24 bits.
+    scaled = probability * 65536.0
+    whole = jnp.floor(scaled)
+    return (high < whole) | ((high == whole) & (low < (scaled - whole) * 65536.0))
+
+
+def _spread(example, masked):
+    """softmax over the tokens that stand of minus the probability that they were drawn with."""
+    confidence = jnp.exp(example.history.log_probability)
+    return jax.nn.softmax(jnp.where(masked, -jnp.inf, -confidence), axis=1, where=~masked)
+
+
+def _draw(options, keys, example, logits, chosen, greedy):
+    """Draws the chosen positions, some rows at a time."""
+    rows = min(ROWS, chosen.shape[1])
+    options = options._replace(temperature=jnp.where(greedy, 0.0, options.temperature))
+
+    def some(carry):
+        sample, log_probability, left = carry
+        positions = _first(left, rows)
+        picked = jnp.take_along_axis(left, positions, axis=1)
+        draw = draw_rows(
+            keys, jnp.take_along_axis(logits, positions[..., None], axis=1), positions, options
+        )
+        write = picked & (draw.token < logits.shape[-1])
+        sample = place(sample, positions, draw.token, write)
+        log_probability = jax.vmap(
+            lambda row, at, new, old: row.at[at].set(jnp.where(old, new, row[at]))
+        )(log_probability, positions, draw.log_probability, write)
+        left = place(left, positions, jnp.zeros_like(picked), picked)
+        return sample, log_probability, left
+
+    carry = (example.sample, example.history.log_probability, chosen)
+    sample, log_probability, _ = jax.lax.while_loop(lambda c: jnp.any(c[2]), some, carry)
+    return sample, log_probability
+
+
+def _first(left, rows):
+    """Positions of which the first are those that are left."""
+    return jax.lax.top_k(left.astype(jnp.int32), rows)[1].astype(jnp.int32)
+
+
+def _draw_jointly(kind, keys, sample, logits, masked, reveal):
+    """Draws from V tokens and the mask."""
+    rows = min(ROWS, masked.shape[1])
+    mask_id = logits.shape[-1]
+
+    def some(carry):
+        sample, left = carry
+        positions = _first(left, rows)
+        picked = jnp.take_along_axis(left, positions, axis=1)
+        taken = jnp.take_along_axis(logits, positions[..., None], axis=1).astype(jnp.float32)
+        tokens = jax.nn.log_softmax(taken, axis=-1) + jnp.log(reveal)[:, None, None]
+        stays = jnp.broadcast_to(jnp.log1p(-reveal)[:, None, None], (*positions.shape, 1))
+        classes = jnp.concatenate([tokens, stays], axis=-1)
+        if kind == "joint":
+            flat = classes.reshape(-1, mask_id + 1)
+            drawn = exact_categorical(
+                jnp.repeat(keys, rows), flat, counter=positions.reshape(-1)
+            ).token.reshape(positions.shape)
+        else:
+            dtype = jnp.float64 if kind == "joint_float64" else jnp.float32
+
+            def noise(key, position):
+                key = jax.random.fold_in(key, position)
+                return jax.random.gumbel(key, (mask_id + 1,), dtype, mode="low")
+
+            noises = jax.vmap(jax.vmap(noise, in_axes=(None, 0)))(keys, positions)
+            drawn = jnp.argmax(classes.astype(dtype) + noises, axis=-1).astype(jnp.int32)
+        sample = place(sample, positions, jnp.minimum(drawn, mask_id), picked)
+        return sample, place(left, positions, jnp.zeros_like(picked), picked)
+
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), some, (sample, masked))[0]
+
+
+def _report(denoiser, state):
+    history = state.example.history
+    return AncestralReport(history.revealed_at, history.filled, masks_left(state, denoiser.mask_id))
