@@ -1,4 +1,4 @@
-"""Image data: TFDS builders over packaged data, and the one input pipeline to training batches."""
+"""Images and text: TFDS builders over packaged data, and the one pipeline to training batches."""
 
 from genjax_lab.data.class_balance import balanced_labels
 from genjax_lab.data.image_levels import (
@@ -11,6 +11,13 @@ from genjax_lab.data.loader import Loader, Prefetch, make_loader, make_loader_fr
 from genjax_lab.data.paired import PairedLoader
 from genjax_lab.data.prepared import dataset_info, prepare
 from genjax_lab.data.sample_pool import draw_pool, read_pool
+from genjax_lab.data.text import (
+    learn_tokenizer,
+    make_token_loader,
+    read_documents,
+    read_tokenizer,
+    to_sequences,
+)
 from genjax_lab.data.transforms import center_crop, horizontal_flip
 
 __all__ = [
@@ -25,9 +32,14 @@ __all__ = [
     "dequantize",
     "draw_pool",
     "horizontal_flip",
+    "learn_tokenizer",
     "make_loader",
     "make_loader_from_arrays",
+    "make_token_loader",
     "prepare",
     "quantize",
+    "read_documents",
     "read_pool",
+    "read_tokenizer",
+    "to_sequences",
 ]

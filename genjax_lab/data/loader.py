@@ -55,10 +55,11 @@ class Loader(Iterator[Batch]):
     `next(loader)` gives the next batch, `loader[step]` any batch without moving. A batch is this
     process's part of the global batch: `"image"` float32 `[batch_size / shard_count, height, width,
     channels]` in [-1, 1] and `"label"` int32 `[batch_size / shard_count]`, as NumPy arrays; arrays
-    of `make_loader_from_arrays`, and `with_columns`, bring further entries.
+    of `make_loader_from_arrays`, and `with_columns`, bring further entries. Batches of text have
+    `"tokens"` in place of these (`genjax_lab.data.text`).
 
     Attributes:
-        info: The data set's description.
+        info: The description of a data set of images, None for others.
         batch_size: Rows of the global batch.
         num_examples: Number of examples of the split.
         num_batches: Number of batches, None if endless.
@@ -68,7 +69,7 @@ class Loader(Iterator[Batch]):
         self,
         order: BatchOrder,
         read: Read,
-        info: DatasetInfo,
+        info: DatasetInfo | None,
         transforms: Sequence[Transform],
         prefetch: Prefetch,
     ):
@@ -198,7 +199,7 @@ def _make_batch(
     rows: Rows, read: Read, info: DatasetInfo, transforms: Sequence[Transform], seed: int
 ) -> Batch:
     batch = read(rows.indices)
-    if batch["image"].dtype == np.uint8:
+    if "image" in batch and batch["image"].dtype == np.uint8:
         # `dequantize` without its checks, which `read` has made: this runs at every step.
         image = batch["image"].astype(np.float32)
         image /= require_levels(info)
@@ -264,7 +265,7 @@ def make_loader(
     def read(indices: Int64[np.ndarray, "batch"]) -> Batch:
         return collect_examples(read_examples(indices), indices, info, preprocess)
 
-    order = _make_order(
+    order = make_order(
         num_examples,
         batch_size,
         seed,
@@ -341,7 +342,7 @@ def make_loader_from_arrays(
             f"arrays must have an entry 'label' for num_classes={num_classes}, got "
             f"{sorted(arrays)}; without classes pass num_classes=0."
         )
-    order = _make_order(
+    order = make_order(
         num_examples,
         batch_size,
         seed,
@@ -366,7 +367,7 @@ def make_loader_from_arrays(
     return Loader(order, _gather(arrays), info, tuple(transforms), prefetch)
 
 
-def _make_order(
+def make_order(
     num_examples: int,
     batch_size: int,
     seed: int,

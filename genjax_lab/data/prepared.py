@@ -1,9 +1,9 @@
 """TFDS data sets on disk: preparing them as array_record, finding them, reading them.
 
 Everything goes through tensorflow-datasets and is read by random access without TensorFlow.
-`digits` and `mnist5k` are prepared from PyPI packages the first time they are asked for. Every
-other TFDS name (`cifar10`, `imagenet2012`, ...) is read the same way once `prepare` has been called
-for it: reading never touches the network.
+`digits`, `mnist5k` and `pydoc` are prepared from installed packages the first time they are asked
+for. Every other TFDS name (`cifar10`, `imagenet2012`, ...) is read the same way once `prepare` has
+been called for it: reading never touches the network.
 
 A data set is written into a directory of its own and moved into place by one rename. A killed
 preparation therefore leaves nothing that could be taken for data, and of several processes that
@@ -26,9 +26,13 @@ import tensorflow_datasets as tfds
 from genjax_lab.data.digits import digits_dataset_builder
 from genjax_lab.data.image_levels import DatasetInfo
 from genjax_lab.data.mnist5k import mnist5k_dataset_builder
+from genjax_lab.data.pydoc import pydoc_dataset_builder
 
 # Data sets whose source is an installed package: they can be prepared anywhere, in seconds.
-PACKAGED = (digits_dataset_builder.Builder.name, mnist5k_dataset_builder.Builder.name)
+PACKAGED = tuple(
+    builder.Builder.name
+    for builder in (digits_dataset_builder, mnist5k_dataset_builder, pydoc_dataset_builder)
+)
 
 DataDir = str | os.PathLike | None
 
@@ -67,9 +71,9 @@ def find_builder(name: str, data_dir: DataDir = None) -> tfds.core.DatasetBuilde
 def prepare(name: str, data_dir: DataDir = None) -> Path:
     """Downloads and writes a data set as array_record, unless it is there already.
 
-    Needs the network for everything but `digits` and `mnist5k`; many builders also need TensorFlow
-    installed while they write. Prepare large data sets once, before several processes are launched:
-    processes that prepare the same name at the same time repeat each other's work.
+    Needs the network for everything but `digits`, `mnist5k` and `pydoc`; many builders also need
+    TensorFlow installed while they write. Prepare large data sets once, before several processes
+    are launched: processes that prepare the same name at the same time repeat each other's work.
 
     Args:
         name: A TFDS name.
@@ -150,7 +154,7 @@ def _call_prepare(name: str, data_dir: DataDir) -> str:
 
 
 def prepared_builder(name: str, data_dir: DataDir = None) -> tfds.core.DatasetBuilder:
-    """Returns the builder of a data set that is on disk; writes `digits` or `mnist5k` if need be.
+    """Returns the builder of a data set that is on disk; writes packaged ones if need be.
 
     Raises:
         ValueError: If the name is unknown, or known but not prepared: the message says how to.

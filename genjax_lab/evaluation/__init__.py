@@ -1,5 +1,10 @@
-"""How good are samples: Frechet distance, precision and recall, Inception score, memorization."""
+"""How good are samples: distances of images, memorization; perplexity and entropy of text."""
 
+from genjax_lab.evaluation.categorical_laws import (
+    gumbel_cap,
+    lattice_categorical_probs,
+    truncated_categorical_probs,
+)
 from genjax_lab.evaluation.classifier_training import ClassifierRecipe
 from genjax_lab.evaluation.evaluate import METRICS, evaluate_samples, extract_features
 from genjax_lab.evaluation.features import (
@@ -9,6 +14,13 @@ from genjax_lab.evaluation.features import (
 )
 from genjax_lab.evaluation.frechet import FeatureStatistics, frechet_distance
 from genjax_lab.evaluation.inception_score import InceptionScore, inception_score
+from genjax_lab.evaluation.language import (
+    GenerativePerplexity,
+    TrigramJudge,
+    generative_perplexity,
+    nelbo,
+    unigram_entropy,
+)
 from genjax_lab.evaluation.memorization import MemorizationReport, memorization_report
 from genjax_lab.evaluation.precision_recall import PrecisionRecall, precision_recall
 from genjax_lab.evaluation.summary import seed_range_summary
@@ -18,16 +30,24 @@ __all__ = [
     "ClassifierRecipe",
     "FeatureExtractor",
     "FeatureStatistics",
+    "GenerativePerplexity",
     "InceptionScore",
     "MemorizationReport",
     "PrecisionRecall",
+    "TrigramJudge",
     "classifier_features",
     "evaluate_samples",
     "extract_features",
     "frechet_distance",
+    "generative_perplexity",
+    "gumbel_cap",
     "inception_features",
     "inception_score",
+    "lattice_categorical_probs",
     "memorization_report",
+    "nelbo",
     "precision_recall",
     "seed_range_summary",
+    "truncated_categorical_probs",
+    "unigram_entropy",
 ]

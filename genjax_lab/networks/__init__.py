@@ -1,4 +1,4 @@
-"""Networks as flax linen modules: EDM, EDM2, DiT, MMDiT, VAR; attention comes as a function."""
+"""Networks as flax linen modules: U-Nets, transformers, tokenizers; attention is a function."""
 
 from genjax_lab.networks.dhariwal_unet import DhariwalUNet, adm_imagenet64
 from genjax_lab.networks.discriminator import Discriminator
@@ -6,6 +6,7 @@ from genjax_lab.networks.dit import DiT, dit_imagenet
 from genjax_lab.networks.edm2_unet import EDM2UNet, edm2_imagenet
 from genjax_lab.networks.image_tokenizer import ImageTokenizer, digits_tokenizer, quantizer_of
 from genjax_lab.networks.magnitude_preserving import normalize_weights
+from genjax_lab.networks.masked_transformer import MaskedTransformer
 from genjax_lab.networks.mmdit import MMDiT, TextCondition, mmdit_flux
 from genjax_lab.networks.multi_scale_quantizer import (
     MultiScaleQuantizer,
@@ -27,6 +28,7 @@ __all__ = [
     "EDM2UNet",
     "ImageTokenizer",
     "MMDiT",
+    "MaskedTransformer",
     "MultiScaleQuantizer",
     "NeighborhoodAttention",
     "ResidualMLP",

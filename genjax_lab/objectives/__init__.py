@@ -45,6 +45,7 @@ from genjax_lab.objectives.log_ratio import (
     member_log_likelihoods,
     paired_log_likelihoods,
 )
+from genjax_lab.objectives.masked import draw_masks, masked_diffusion_loss
 from genjax_lab.objectives.noise_levels import NoiseLevelTable, log_ratios_by_noise_level
 from genjax_lab.objectives.noisy_discriminator import noisy_discriminator
 from genjax_lab.objectives.tokenizer import tokenizer_reconstruction
@@ -69,6 +70,7 @@ __all__ = [
     "denoising",
     "diffusion_log_likelihood",
     "dpo_loss",
+    "draw_masks",
     "draw_times_and_masks",
     "draw_times_and_noise",
     "edm_augmentation",
@@ -78,6 +80,7 @@ __all__ = [
     "kto_loss",
     "log_ratio",
     "log_ratios_by_noise_level",
+    "masked_diffusion_loss",
     "masked_log_likelihood",
     "member_log_likelihoods",
     "noisy_discriminator",

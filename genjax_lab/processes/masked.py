@@ -96,6 +96,15 @@ def log_linear(eps: float = 1e-3) -> MaskSchedule:
     )
 
 
+SCHEDULES = {
+    "linear": linear,
+    "polynomial": polynomial,
+    "cosine": cosine,
+    "logarithmic": logarithmic,
+    "log_linear": log_linear,
+}
+
+
 def mask_tokens(
     key: Key[Array, ""],
     tokens: Int[Array, "batch length"],

@@ -1,5 +1,6 @@
 """How a sample is drawn: the `Sampler` contract, its compiled loop, and one file per method."""
 
+from genjax_lab.samplers.ancestral import AncestralReport, ancestral, remasking
 from genjax_lab.samplers.base import (
     Denoiser,
     ExampleState,
@@ -10,11 +11,14 @@ from genjax_lab.samplers.base import (
     sample,
 )
 from genjax_lab.samplers.batches import sample_batches
+from genjax_lab.samplers.categorical import exact_categorical, logit_floor
+from genjax_lab.samplers.confidence import ConfidenceReport, confidence
 from genjax_lab.samplers.ddim import ddim
 from genjax_lab.samplers.ddpm import ddpm
 from genjax_lab.samplers.denoising import change_process, denoiser, switch_by_noise
 from genjax_lab.samplers.dpm_solver import dpm_solver_pp_2m, sde_dpm_solver_pp_2m
 from genjax_lab.samplers.dpm_solver_v3 import dpm_solver_v3
+from genjax_lab.samplers.first_hitting import FirstHittingReport, first_hitting
 from genjax_lab.samplers.guidance import (
     autoguidance,
     classifier_free,
@@ -29,18 +33,25 @@ from genjax_lab.samplers.model_statistics import (
 )
 from genjax_lab.samplers.next_scale import next_scale
 from genjax_lab.samplers.schedules import time_steps
+from genjax_lab.samplers.tokens import TokenDenoiser, guide_tokens, suppress_tokens, token_denoiser
 
 __all__ = [
+    "AncestralReport",
+    "ConfidenceReport",
     "Denoiser",
     "ExampleState",
+    "FirstHittingReport",
     "ModelStatistics",
     "SampleInfo",
     "Sampler",
     "SamplerState",
     "SharedState",
+    "TokenDenoiser",
+    "ancestral",
     "autoguidance",
     "change_process",
     "classifier_free",
+    "confidence",
     "data_prediction_statistics",
     "ddim",
     "ddpm",
@@ -50,12 +61,19 @@ __all__ = [
     "dpm_solver_v3",
     "estimate_statistics",
     "euler",
+    "exact_categorical",
+    "first_hitting",
+    "guide_tokens",
     "heun",
     "log_odds",
+    "logit_floor",
     "next_scale",
+    "remasking",
     "sample",
     "sample_batches",
     "sde_dpm_solver_pp_2m",
+    "suppress_tokens",
     "switch_by_noise",
     "time_steps",
+    "token_denoiser",
 ]

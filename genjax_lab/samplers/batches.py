@@ -7,14 +7,15 @@ elsewhere, `range(25_000, 50_000)`.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
-from genjax_lab.samplers.base import Sampler, sample
+from genjax_lab.samplers.base import SampleInfo, Sampler, sample
 
 
 def sample_batches(
@@ -27,7 +28,8 @@ def sample_batches(
     condition_fn: Callable[[Int[np.ndarray, "batch"]], PyTree] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = False,
-) -> Iterator[tuple[Int[np.ndarray, "part"], Float[np.ndarray, "part *dims"]]]:
+    with_info: bool = False,
+) -> Iterator[tuple[Any, ...]]:
     """Draws the samples named by `seeds`, `batch_size` at a time.
 
     The last batch is filled up with repetitions, which are cut off again, so that one compilation
@@ -44,9 +46,11 @@ def sample_batches(
       mesh: shards the batch over the mesh's "data" and "fsdp" axes. With several processes, all
         of them must make the same calls and all receive all samples.
       progress: whether to show a progress bar.
+      with_info: whether to tell the `SampleInfo` of each batch, too.
 
     Yields:
-      (seeds, samples) of each batch as numpy arrays, in the order of `seeds`.
+      (seeds [part], samples [part, ...]) of each batch as numpy arrays, in the order of `seeds`;
+      or (seeds, samples, info).
 
     Raises:
       ValueError: if `batch_size` is not positive, or as `sample` does.
@@ -57,7 +61,7 @@ def sample_batches(
     if seeds.ndim != 1 or not (np.issubdtype(seeds.dtype, np.integer) or seeds.size == 0):
         raise ValueError(f"seeds must be a sequence of integers, not {seeds.dtype}{seeds.shape}")
 
-    def launch(part: np.ndarray) -> jax.Array:
+    def launch(part: np.ndarray) -> tuple[jax.Array, SampleInfo]:
         filled = np.pad(part, (0, batch_size - len(part)), mode="edge")
         return sample(
             sampler,
@@ -66,7 +70,7 @@ def sample_batches(
             condition=None if condition_fn is None else condition_fn(filled),
             seeds=filled,
             mesh=mesh,
-        )[0]
+        )
 
     def batches():
         parts = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
@@ -76,8 +80,9 @@ def sample_batches(
             current = next(ahead)
             while current is not None:
                 following = next(ahead)
-                part, samples = current
-                yield part, _to_host(samples)[: len(part)]
+                part, (samples, info) = current
+                samples = _to_host(samples)[: len(part)]
+                yield (part, samples, info) if with_info else (part, samples)
                 bar.update(len(part))
                 current = following
 
