@@ -32,11 +32,16 @@ from genjax_lab.training import half_life_ema, make_train_step
 
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed repetitions of each program.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "Optimiser steps in a timed call.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 256, "Real rows, and fakes, of a step.", lower_bound=1)
+_BLOCKS = flags.DEFINE_integer("num_blocks", 4, "Blocks of the network.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "experiments/results/ddo_step.json", "Where the table goes.")
 
-BATCH, MEMBERS = 256, 8
+MEMBERS = 8
 ALPHA, BETA, SIGMA_DATA = 4.0, 0.5, 0.5
-NETWORK = networks.ResidualMLP(num_classes=10, width=256, num_blocks=4)
+
+
+def make_network() -> networks.ResidualMLP:
+    return networks.ResidualMLP(num_classes=10, width=256, num_blocks=_BLOCKS.value)
 
 
 def our_program(
@@ -46,7 +51,7 @@ def our_program(
     train = make_train_step(
         objective,
         optax.adam(3e-4),
-        batch_size=BATCH,
+        batch_size=_BATCH.value,
         steps_per_call=len(batches["image"]),
         ema={"ema": half_life_ema(8_800, rampup_ratio=None)},
     )
@@ -61,12 +66,12 @@ def our_program(
 
 def torch_program(batches: dict[str, np.ndarray]) -> Callable[[], None]:
     """The same DDO steps, one by one."""
-    make = lambda: torch_networks.ResidualMLP(64, num_classes=10, width=256, num_blocks=4)  # noqa: E731
-    model, reference, average = make(), make(), make()
+    fields = {"num_classes": 10, "width": 256, "num_blocks": _BLOCKS.value}
+    model, reference, average = (torch_networks.ResidualMLP(64, **fields) for _ in range(3))
     reference.load_state_dict(model.state_dict())
     parameters, averages = list(model.parameters()), list(average.parameters())
     optimizer = torch.optim.Adam(parameters, lr=3e-4, fused=True)
-    decay = 0.5 ** (BATCH / 8_800)
+    decay = 0.5 ** (_BATCH.value / 8_800)
     tensors = {name: torch.from_numpy(value) for name, value in batches.items()}
 
     def log_likelihood(network, x, noise, sigma, label):
@@ -82,7 +87,7 @@ def torch_program(batches: dict[str, np.ndarray]) -> Callable[[], None]:
             )
             labels = torch.cat([tensors[name][step] for name in ("label", "fake_label")]).long()
             label = torch.nn.functional.one_hot(labels, 10).float()
-            sigma = torch.exp(torch.randn(BATCH, 1, 1, 1) * 1.2 - 1.2)
+            sigma = torch.exp(torch.randn(len(real), 1, 1, 1) * 1.2 - 1.2)
             noise = (sigma * torch.randn_like(real)).repeat(2, 1, 1, 1)
             rows = (torch.cat([real, fake]), noise, sigma.repeat(2, 1, 1, 1), label)
             own = log_likelihood(model, *rows)
@@ -103,14 +108,14 @@ def torch_program(batches: dict[str, np.ndarray]) -> Callable[[], None]:
 
 def measure(repeats: int, steps: int) -> dict[str, float]:
     """Milliseconds per optimiser step of every program, and the ratios that matter."""
-    rng = np.random.default_rng(0)
-    shape = (steps, BATCH)
+    rng, network = np.random.default_rng(0), make_network()
+    shape = (steps, _BATCH.value)
     batches = {}
     for prefix in ("", "fake_"):
         batches[f"{prefix}image"] = rng.uniform(-1, 1, (*shape, 8, 8, 1)).astype(np.float32)
         batches[f"{prefix}label"] = rng.integers(0, 10, shape).astype(np.int32)
     process = processes.edm(sigma_data=SIGMA_DATA)
-    variables = jax.jit(NETWORK.init)(
+    variables = jax.jit(network.init)(
         jax.random.key(0),
         batches["image"][0, :1],
         np.zeros(1, np.float32),
@@ -129,13 +134,13 @@ def measure(repeats: int, steps: int) -> dict[str, float]:
         },
     }
     real = {name: batches[name] for name in ("image", "label")}
-    ddo = ddo_denoising(NETWORK.apply, process, alpha=ALPHA, beta=BETA)
+    ddo = ddo_denoising(network.apply, process, alpha=ALPHA, beta=BETA)
     grid = ddo_denoising_grid(
-        NETWORK.apply, process, alpha=(ALPHA,) * MEMBERS, beta=(BETA,) * MEMBERS
+        network.apply, process, alpha=(ALPHA,) * MEMBERS, beta=(BETA,) * MEMBERS
     )
     seconds = interleaved_seconds(
         {
-            "mle": our_program(denoising(NETWORK.apply, process), variables, real),
+            "mle": our_program(denoising(network.apply, process), variables, real),
             "ddo": our_program(ddo, with_reference, batches),
             "ddo_cached": our_program(ddo, variables, cached),
             "grid": our_program(grid, {**with_reference, "params": copies}, batches),

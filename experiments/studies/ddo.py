@@ -95,7 +95,8 @@ class Model:
     def memorization(self, variables: Mapping[str, Any]) -> dict[str, float]:
         """How much nearer samples are to the training images than to held-out ones, in pixels."""
         state = self.state.replace(ema={"ema": variables["params"]})
-        drawn = self._experiment.sample(state, range(self.first_fresh, self.first_fresh + 1500))
+        count = min(self.settings["num_samples"], 1500)
+        drawn = self._experiment.sample(state, range(self.first_fresh, self.first_fresh + count))
         info = data.dataset_info("digits")
         vectors = [data.dequantize(np.concatenate([part for _, part in drawn]), info)]
         for split in ("train", "test"):
@@ -120,6 +121,7 @@ def _pretraining(seed: int, num_steps: int) -> ml_collections.ConfigDict:
     config.keep_checkpoints = 1
     config.ema = {"ema": {"half_life_images": 88_600.0, "rampup_ratio": 0.05}}  # 0.998 a step
     config.evaluation.batch_size = 2_000
+    config.evaluation.num_samples = min(config.evaluation.num_samples, _SAMPLES.value)
     config.progress = False
     return config
 
@@ -129,6 +131,7 @@ def play(model: Model, workdir: Path, rounds: int, **changes: Any) -> list[Score
     config = digits_ddo.get_config()
     config.base = str(model.directory)
     config.rounds = rounds
+    config.num_fakes = min(config.num_fakes, model.settings["num_samples"])
     config.num_steps = model.settings["round_steps"]
     config.log_every = min(config.log_every, config.num_steps)
     config.selection_seeds = config.fresh_seeds = model.settings["num_samples"]
@@ -171,6 +174,7 @@ def self_trained(model: Model, workdir: Path) -> dict[str, Any]:
     config.ema = {"ema": {"half_life_images": 8_800.0, "rampup_ratio": None}}
     rounds = digits_ddo.get_config()
     rounds.base = str(model.directory)
+    rounds.num_fakes = min(rounds.num_fakes, model.settings["num_samples"])
     parts, _ = self_play.build(rounds)
     first = 2**30
     pool = data.draw_pool(

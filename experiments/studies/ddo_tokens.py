@@ -108,6 +108,7 @@ def _pretraining(seed: int, num_steps: int) -> Any:
     config.steps_per_call = 25
     config.log_every = config.checkpoint_every = max(num_steps // 4 // 25 * 25, 25)
     config.evaluation.batch_size = 2_000
+    config.evaluation.num_samples = min(config.evaluation.num_samples, _SAMPLES.value)
     config.progress = False
     return config
 
@@ -118,6 +119,7 @@ def play(model: Model, workdir: Path, rounds: int, **changes: Any) -> dict[str, 
     for rate in map(float, _RATES.value):
         config = digits_var_ddo.get_config()
         config.base, config.rounds = str(model.directory), rounds
+        config.num_fakes = min(config.num_fakes, model.settings["num_samples"])
         config.num_steps = model.settings["round_steps"]
         config.steps_per_call = max(config.num_steps // 4, 1)
         config.eval_every = config.checkpoint_every = config.log_every = config.steps_per_call

@@ -57,6 +57,7 @@ def run(
     for seed in seeds:
         config = digits_edm.get_config()
         config.seed = seed
+        config.evaluation.num_samples = min(config.evaluation.num_samples, num_samples)
         if num_steps is not None:
             config.num_steps = config.checkpoint_every = num_steps
         state = training.train(images.build(config), workdir=workdir / f"seed{seed}", config=config)

@@ -40,24 +40,30 @@ _OUT = flags.DEFINE_string("out", "experiments/results", "Where table and figure
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Networks that are trained.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("num_steps", 200, "Optimiser steps of each.", lower_bound=2)
 _WINDOWS = flags.DEFINE_list("windows", ["24", "16", "12", "8", "4"], "Edges of the windows.")
+_CROP = flags.DEFINE_integer(
+    "crop", 128, "Edge of the crops in pixels.", lower_bound=16, upper_bound=200
+)
 
-CROP, PATCH, SPLIT, SIGMA = 128, 4, 440, 0.5
-SIDE = CROP // PATCH
+PATCH, SPLIT, SIGMA = 4, 440, 0.5
 BATCH, TEST_CROPS = 4, 8
-TRAINED = NeighborhoodSpec(16, 8)  # of the network that is trained with windows
 NETWORK = {"patch_size": PATCH, "width": 96, "depth": 3, "num_heads": 3}
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+def side() -> int:
+    """Tokens along an edge of a crop."""
+    return _CROP.value // PATCH
+
+
 def crops(rng: np.random.Generator, count: int, *, test: bool) -> np.ndarray:
-    """[count, CROP, CROP, 3] in -1 .. 1."""
-    out = []
+    """[count, crop, crop, 3] in -1 .. 1."""
+    out, crop = [], _CROP.value
     for _ in range(count):
         image = load_images()[rng.integers(2)]
         image = image[:, SPLIT:] if test else image[:, :SPLIT]
-        row, column = (rng.integers(size - CROP + 1) for size in image.shape[:2])
-        out.append(image[row : row + CROP, column : column + CROP])
+        row, column = (rng.integers(size - crop + 1) for size in image.shape[:2])
+        out.append(image[row : row + crop, column : column + crop])
     return np.stack(out).astype(np.float32) / 127.5 - 1
 
 
@@ -80,9 +86,10 @@ def flat_window(query: jax.Array, key: jax.Array, value: jax.Array, *, keys: int
 def random_keys(query: jax.Array, key: jax.Array, value: jax.Array, *, keys: int) -> jax.Array:
     """Each query sees itself and tokens that are drawn for it, the same in all blocks."""
     rng = np.random.default_rng(0)
-    mask = np.zeros((SIDE**2, SIDE**2), bool)
-    for row in range(SIDE**2):
-        others = np.delete(np.arange(SIDE**2), row)
+    tokens = side() ** 2
+    mask = np.zeros((tokens, tokens), bool)
+    for row in range(tokens):
+        others = np.delete(np.arange(tokens), row)
         mask[row, [row, *rng.choice(others, keys - 1, replace=False)]] = True
     flat = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (query, key, value))
     return jax.nn.dot_product_attention(*flat, mask=jnp.asarray(mask)).reshape(query.shape)
@@ -109,7 +116,7 @@ def train(seed: int, attention: Attention, num_steps: int) -> tuple[Any, float]:
     """(variables, seconds of the processor), compiling not counted."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, num_steps))
     network = DiT(**NETWORK)
-    example = jnp.zeros((1, CROP, CROP, 3))
+    example = jnp.zeros((1, _CROP.value, _CROP.value, 3))
     variables = network.init(jax.random.key(seed), example, jnp.zeros(1))
     rng = np.random.default_rng(seed)
 
@@ -153,7 +160,7 @@ def mass_inside(variables: Any, windows: list[int]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {str(window): [] for window in windows}
 
     def watched(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        whole = NeighborhoodSpec(SIDE)
+        whole = NeighborhoodSpec(side())
         out, lse = neighborhood_attention(query, key, value, whole, return_lse=True)
         for window in windows:
             spec = NeighborhoodSpec(window)
@@ -177,7 +184,7 @@ def summary(values: list[float], dense: list[float]) -> dict[str, Any]:
 
 def study(seeds: int, num_steps: int, windows: list[int]) -> dict[str, Any]:
     # The same as dense attention, and faster to train with here.
-    whole = functools.partial(neighborhood_attention, spec=NeighborhoodSpec(SIDE))
+    whole = functools.partial(neighborhood_attention, spec=NeighborhoodSpec(side()))
     runs = [train(seed, whole, num_steps) for seed in range(seeds)]
     trained, seconds = [variables for variables, _ in runs], [run[1] for run in runs]
     dense = measure(dense_attention, trained)
@@ -188,8 +195,9 @@ def study(seeds: int, num_steps: int, windows: list[int]) -> dict[str, Any]:
             for name, attention in variants(window).items()
         }
         row = ", ".join(f"{name} {cell['mean']:.3f}" for name, cell in swapped[str(window)].items())
-        print(f"window {window} ({1 - window**2 / SIDE**2:.0%} sparse): {row}", flush=True)
-    near = functools.partial(neighborhood_attention, spec=TRAINED)
+        print(f"window {window} ({1 - window**2 / side() ** 2:.0%} sparse): {row}", flush=True)
+    spec = NeighborhoodSpec(side() // 2, side() // 4)
+    near = functools.partial(neighborhood_attention, spec=spec)
     near_runs = [train(seed, near, num_steps) for seed in range(seeds)]
     errors = measure(near, [variables for variables, _ in near_runs])
     return {
@@ -198,7 +206,7 @@ def study(seeds: int, num_steps: int, windows: list[int]) -> dict[str, Any]:
         "swapped": swapped,
         "attention_mass_inside": [mass_inside(variables, windows) for variables in trained],
         "trained_with_windows": {
-            "spec": {"window": TRAINED.window, "stride": TRAINED.stride},
+            "spec": {"window": spec.window, "stride": spec.stride},
             "relative_mse": summary(errors, dense),
             "processor_seconds_over_dense": [
                 round(near_seconds / dense_seconds, 3)
@@ -231,7 +239,7 @@ def draw(swapped: dict[str, dict[str, Any]], path: Path) -> None:
     names = list(next(iter(swapped.values())))
     for name in names:
         rows = [(int(window), row[name]) for window, row in swapped.items() if name in row]
-        sparsity = [100 * (1 - window**2 / SIDE**2) for window, _ in rows]
+        sparsity = [100 * (1 - window**2 / side() ** 2) for window, _ in rows]
         style = "--" if name in ("flat", "random") else "-"
         (line,) = axes.plot(
             sparsity, [cell["mean"] for _, cell in rows], style, marker="o", label=name
@@ -254,8 +262,8 @@ def draw(swapped: dict[str, dict[str, Any]], path: Path) -> None:
 def main(_: list[str]) -> None:
     quiet_libraries()
     windows = [int(window) for window in _WINDOWS.value]
-    if not all(4 <= window <= SIDE for window in windows):
-        raise app.UsageError(f"--windows must be from 4 to {SIDE}, got {windows}")
+    if not all(4 <= window <= side() for window in windows):
+        raise app.UsageError(f"--windows must be from 4 to {side()}, got {windows}")
     start = time.perf_counter()
     result = study(_SEEDS.value, _STEPS.value, windows)
     out = Path(_OUT.value)

@@ -1,4 +1,4 @@
-"""Confidence-ordered sampling of masked tokens (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992).
+"""Confidence-ordered sampling of masked tokens (arXiv 2202.04200, 2502.09992).
 
 Every call draws a token for each masked position, and those that the network is surest of stand.
 That is another law than the model's: see `first_hitting` for that one.
