@@ -166,7 +166,7 @@ def _attend(plan: BoxPlan, tensors: dict, tables: dict) -> tuple[Array, Array]:
         shift = box.take_queries(shifts[..., None])[:, 0]
         # Only rows whose bound is too large take their maximum, so that no row's result depends on
         # what others see.
-        too_large = shift > _LARGEST_SHIFT
+        too_large = ~(shift <= _LARGEST_SHIFT)  # NaN is, where a norm of 0 meets one beyond float32
 
         def with_maximum():
             top = jnp.max(logits, axis=1)

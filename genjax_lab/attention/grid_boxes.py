@@ -206,6 +206,7 @@ def _in_stored_tiles(
     key_mask = None if kv_mask is None else stored(kv_mask)
     if has_padding:
         key_mask = real if key_mask is None else key_mask & real
+        query = jnp.where(real.reshape(query.shape[:-2])[..., None, None], query, 0)
     out, lse = box_attention(
         *(stored(x) for x in (query, key, value)),
         bounds,

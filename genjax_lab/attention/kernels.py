@@ -7,15 +7,17 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from genjax_lab.attention.layouts import LAYOUTS, Problem
 from genjax_lab.attention.tiling import plan_tiles, token_permute, token_unpermute
 from genjax_lab.attention.windows import NeighborhoodSpec
 from pallas_kernels.neighborhood_tpu import neighborhood_attention_tpu
 from pallas_kernels.neighborhood_triton import neighborhood_attention_triton
 
 PLATFORMS = {"gpu": neighborhood_attention_triton, "tpu": neighborhood_attention_tpu}
-LAYOUTS = ("grid", "tiled")
+_LEAST_ON_GPU = 16  # tokens of a tile
 DTYPES = {"gpu": ("float32", "bfloat16", "float16"), "tpu": ("float32", "bfloat16")}
 
 
@@ -32,7 +34,7 @@ def default_tiles(
 
     Returns:
         (q_tile, kv_tile); no edge is larger than the next power of two of its axis, so that small
-        grids have smaller tiles.
+        grids have smaller tiles, but for GPUs of 16 tokens at least.
 
     Raises:
         ValueError: for an empty grid, or another platform.
@@ -41,11 +43,12 @@ def default_tiles(
     if not grid or min(grid) < 1:
         raise ValueError(f"grid must have positive lengths, got {tuple(grid)}")
     volumes = (256, 256) if platform == "tpu" else (128, 64) if head_dim <= 128 else (64, 32)
-    q_tile, kv_tile = (_box(grid, volume) for volume in volumes)
+    least = 1 if platform == "tpu" else _LEAST_ON_GPU
+    q_tile, kv_tile = (_box(grid, volume, least) for volume in volumes)
     return q_tile, kv_tile
 
 
-def _box(grid: Sequence[int], volume: int) -> tuple[int, ...]:
+def _box(grid: Sequence[int], volume: int, least: int) -> tuple[int, ...]:
     edges = [1] * len(grid)
     while math.prod(edges) < volume:
         short = [axis for axis, length in enumerate(grid) if edges[axis] < length]
@@ -53,7 +56,30 @@ def _box(grid: Sequence[int], volume: int) -> tuple[int, ...]:
             break
         axis = min(short, key=lambda axis: (edges[axis], -axis))
         edges[axis] *= 2
+    while math.prod(edges) < least:
+        edges[-1] *= 2
     return tuple(edges)
+
+
+def obstacle(problem: Problem, dtype: DTypeLike, width: int, platform: str) -> str | None:
+    """Why a kernel cannot solve a problem whose borders and options it knows; None if it can."""
+    if str(dtype) not in DTYPES[platform]:
+        return f"the type {dtype} is not in {DTYPES[platform]}"
+    dilation = tuple(axis.dilation for axis in problem.axes)
+    tiles = (problem.q_tile, problem.kv_tile)
+    try:
+        tiles = _tiles(problem.layout, problem.grid, dilation, width, platform, *tiles)
+        counts = [
+            [
+                -(-axis.length // (edge * axis.dilation))
+                for axis, edge in zip(problem.axes, tile, strict=True)
+            ]
+            for tile in tiles
+        ]
+        _check_tiles(platform, *zip(tiles, counts, strict=True), False)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def kernel_attention(
@@ -117,7 +143,8 @@ def kernel_attention(
     width = max(query.shape[-1], value.shape[-1])
     q_tile, kv_tile = _tiles(layout, grid, dilation, width, platform, q_tile, kv_tile)
     plan = plan_tiles(grid, spec, q_tile, kv_tile)
-    _check_tiles(platform, plan, interpret)
+    sides = ((plan.q_tile, plan.q_grid), (plan.kv_tile, plan.kv_grid))
+    _check_tiles(platform, *sides, interpret)
     arrays = {"query": query, "key": key, "value": value}
     if additional_keys is not None:
         arrays |= {"additional_keys": additional_keys, "additional_values": additional_values}
@@ -170,16 +197,14 @@ def _check_platform(platform: str) -> None:
         raise ValueError(f"platform is {platform!r}, not in {tuple(PLATFORMS)}")
 
 
-def _check_tiles(platform, plan, interpret) -> None:
-    for name, tile, tiles in (
-        ("q_tile", plan.q_tile, plan.q_grid),
-        ("kv_tile", plan.kv_tile, plan.kv_grid),
-    ):
+def _check_tiles(platform, of_queries, of_keys, interpret) -> None:
+    """Each side has the edges of its tiles, and how many there are along each axis."""
+    for name, (tile, tiles) in (("q_tile", of_queries), ("kv_tile", of_keys)):
         volume = math.prod(tile)
         if any(edge & (edge - 1) for edge in tile):
             raise ValueError(f"edges of {name} must be powers of two, got {tile}")
-        if platform == "gpu" and volume < 16 and not interpret:
-            raise ValueError(f"{name} must have at least 16 tokens, got {tile}")
+        if platform == "gpu" and volume < _LEAST_ON_GPU and not interpret:
+            raise ValueError(f"{name} must have at least {_LEAST_ON_GPU} tokens, got {tile}")
         if platform == "tpu" and volume % 128 and math.prod(tiles) > 1 and not interpret:
             raise ValueError(
                 f"{name} must have a multiple of 128 tokens, or hold the whole grid, got {tile}"

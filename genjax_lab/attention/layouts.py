@@ -41,6 +41,10 @@ class Problem(NamedTuple):
         kv_tile: int | Sequence[int] | None,
     ) -> "Problem":
         """Of the arguments of `neighborhood_attention`; ValueError if they do not fit together."""
+        if not isinstance(spec, NeighborhoodSpec):
+            raise ValueError(
+                f"spec must be a NeighborhoodSpec, such as NeighborhoodSpec(7), got {spec!r}"
+            )
         if layout not in LAYOUTS:
             raise ValueError(f"layout is {layout!r}, not in {LAYOUTS}")
         if (layout == "tiled") != (grid is not None):
@@ -52,6 +56,8 @@ class Problem(NamedTuple):
                 "none of them empty, or one axis of tokens in layout='tiled', got shape "
                 f"{query.shape}"
             )
+        if grid is not None and not isinstance(grid, Sequence):
+            raise ValueError(f"grid must have a length for each axis, got {grid!r}")
         grid = query.shape[1:-2] if grid is None else tuple(int(length) for length in grid)
         tiles = [_edges(name, t, grid) for name, t in (("q_tile", q_tile), ("kv_tile", kv_tile))]
         if layout == "tiled":
@@ -86,7 +92,7 @@ class Problem(NamedTuple):
 def _edges(name: str, tile: int | Sequence[int] | None, grid: Sequence[int]):
     if tile is None:
         return None
-    edges = (tile,) * len(grid) if isinstance(tile, int) else tuple(tile)
+    edges = (tile,) * len(grid) if np.ndim(tile) == 0 else tuple(tile)
     if len(edges) != len(grid) or not all(
         isinstance(edge, int | np.integer) and edge > 0 for edge in edges
     ):

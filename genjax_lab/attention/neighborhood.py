@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from genjax_lab.attention import kernels
 from genjax_lab.attention.grid_boxes import attend_in_boxes
 from genjax_lab.attention.layouts import Problem
-from genjax_lab.attention.masked import masked_attention
+from genjax_lab.attention.masked import masked_attention, real_tokens
 from genjax_lab.attention.windows import NeighborhoodSpec
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
@@ -57,7 +58,8 @@ def neighborhood_attention(
             `h // (heads / kv_heads)`.
         value: the same grid.
         spec: the neighborhood.
-        scale: factor of the logits, `1 / sqrt(head_dim)` by default.
+        scale: factor of the logits, `1 / sqrt(head_dim)` by default. One that is traced multiplies
+            the queries of a kernel, in their type.
         additional_keys: keys that every query sees, such as those of a text; with
             `additional_values`.
         additional_values: their values.
@@ -71,7 +73,9 @@ def neighborhood_attention(
         return_lse: whether to return `lse` too.
         implementation: "reference" computes all pairs of tokens; "xla" tiles of queries with boxes
             of keys, on any machine; "pallas" is a kernel for GPUs and TPUs. None chooses the kernel
-            on machines and for arguments that it is made for, and "xla" otherwise.
+            on machines and for arguments that it is made for, and "xla" otherwise, which is made
+            for CPUs and slow on GPUs: with `grid_sizes`, `position_bias`, border="wrap", types or
+            tiles that the kernel does not take.
         q_tile: edges of the tiles of queries; None chooses.
         kv_tile: edges of the tiles of keys, for the kernel; "xla" takes boxes of any size.
         layout: "grid", or "tiled" for tokens that `token_permute` has put in order by tiles of
@@ -102,25 +106,31 @@ def neighborhood_attention(
         *(problem, query, key, value, additional_keys, additional_values),
         *(kv_mask, grid_sizes, position_bias),
     )
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = _scale(scale, query)
+    if grid_sizes is not None and layout == "grid":
+        # Whatever padding holds, also in gradients.
+        real = real_tokens(problem.grid, grid_sizes)[..., None, None]
+        query, key, value = (jnp.where(real, x, 0) for x in (query, key, value))
+    if kv_mask is not None:
+        key, value = (jnp.where(kv_mask[..., None, None], x, 0) for x in (key, value))
     options = {"grid_sizes": grid_sizes, "position_bias": position_bias}
-    implementation = _choose(implementation, problem, options, kv_tile)
     arguments = {
-        "scale": scale,
         "additional_keys": additional_keys,
         "additional_values": additional_values,
         "kv_mask": kv_mask,
     }
+    dtype = jnp.result_type(*(x for x in (query, key, value, additional_keys) if x is not None))
+    width = max(query.shape[-1], value.shape[-1])
+    implementation = _choose(implementation, problem, options, kv_tile, dtype, width)
     if implementation != "pallas":
-        out, lse = _compiled(
-            *(query, key, value, arguments | options), problem, implementation, precision
-        )
+        arrays = arguments | options | {"scale": scale}
+        out, lse = _compiled(query, key, value, arrays, problem, implementation, precision)
     else:
+        if isinstance(scale, jax.core.Tracer):
+            query, scale = (query * scale).astype(query.dtype), 1.0
         out, lse = kernels.kernel_attention(
-            query,
-            key,
-            value,
-            spec,
+            *(query, key, value, spec),
+            scale=float(scale),
             **arguments,
             q_tile=problem.q_tile,
             kv_tile=problem.kv_tile,
@@ -147,8 +157,29 @@ def _compiled(
     return attend_in_boxes(problem, query, key, value, **arrays, precision=precision)
 
 
+def _scale(scale: Any, query: Array) -> Any:
+    """The factor of the logits; ValueError if it is no finite number."""
+    if scale is None:
+        return 1 / math.sqrt(query.shape[-1])
+    if not isinstance(scale, jax.core.Tracer):
+        try:
+            is_number = np.ndim(scale) == 0 and math.isfinite(scale)
+        except TypeError:
+            is_number = False
+        if not is_number:
+            raise ValueError(f"scale must be a finite number, got {scale!r}")
+    elif scale.ndim:
+        raise ValueError(f"scale must be a number, got shape {scale.shape}")
+    return scale
+
+
 def _choose(
-    implementation: str | None, problem: Problem, options: dict[str, Any], kv_tile: Any
+    implementation: str | None,
+    problem: Problem,
+    options: dict[str, Any],
+    kv_tile: Any,
+    dtype: Any,
+    width: int,
 ) -> str:
     """The implementation that runs; ValueError if it cannot."""
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -158,7 +189,11 @@ def _choose(
         unsupported.append("border='wrap'")
     has_kernel = jax.default_backend() in ("gpu", "tpu")
     if implementation is None:
-        implementation = "pallas" if has_kernel and not unsupported else "xla"
+        is_kernels = has_kernel and not unsupported
+        is_kernels = is_kernels and not kernels.obstacle(
+            problem, dtype, width, jax.default_backend()
+        )
+        implementation = "pallas" if is_kernels else "xla"
     if implementation == "pallas" and (unsupported or not has_kernel):
         raise ValueError(
             "implementation='pallas' is for GPUs and TPUs and does not do grid_sizes, position_bias"
@@ -192,7 +227,12 @@ def _check(
                 f"{name} must be [batch, *grid, heads, head_dim] with the grid of query, none of "
                 f"them empty, got shape {array.shape}"
             )
-        if not jnp.issubdtype(array.dtype, jnp.floating):
+    for name, array in (
+        *(("query", query), ("key", key), ("value", value)),
+        *(("additional_keys", additional_keys), ("additional_values", additional_values)),
+        ("position_bias", position_bias),
+    ):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {array.dtype}")
     if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         raise ValueError(
@@ -235,6 +275,13 @@ def _check(
         if grid_sizes.shape != expected or not jnp.issubdtype(grid_sizes.dtype, jnp.integer):
             raise ValueError(
                 f"grid_sizes must be integers {expected}, got {grid_sizes.dtype} {grid_sizes.shape}"
+            )
+        if not isinstance(grid_sizes, jax.core.Tracer) and not jnp.all(
+            (grid_sizes >= 1) & (grid_sizes <= jnp.asarray(problem.grid))
+        ):
+            raise ValueError(
+                f"grid_sizes must be at least 1 and at most the grid {problem.grid}, got "
+                f"{grid_sizes.tolist()}"
             )
     if position_bias is not None:
         expected = (query.shape[-2], *(2 * axis.window - 1 for axis in problem.axes))

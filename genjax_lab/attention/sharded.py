@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from genjax_lab.attention.boxes import box_attention
@@ -82,20 +82,43 @@ def neighborhood_attention_sharded(
             among its devices; slabs that are no multiple of the first axis' dilation; an
             implementation that knows no slabs.
     """
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
+    mesh, is_explicit = _automatic(mesh)
     more = {
+        "scale": scale,
         "additional_keys": additional_keys,
         "additional_values": additional_values,
         "kv_mask": kv_mask,
         "position_bias": position_bias,
     }
+    more = {name: jnp.asarray(x) for name, x in more.items() if x is not None}
+    names = tuple(map(_as_tuple, (batch_axis, head_axis, grid_axis)))
+    arrays = (query, key, value, more)
+    if is_explicit:
+        arrays = jax.tree.map(lambda x: _placed_anew(x, mesh), arrays)
     out, lse = _sharded(
-        *(query, key, value, {name: x for name, x in more.items() if x is not None}),
+        *arrays,
         spec=spec,
         mesh=mesh,
-        names=tuple(map(_as_tuple, (batch_axis, head_axis, grid_axis))),
-        options=(("scale", scale), ("implementation", implementation), ("precision", precision)),
+        names=names,
+        options=(("implementation", implementation), ("precision", precision)),
     )
     return (out, lse) if return_lse else out
+
+
+def _automatic(mesh: Mesh) -> tuple[Mesh, bool]:
+    """The mesh with axes that XLA may split, and whether it had others (as `jax.make_mesh` has)."""
+    automatic = Mesh(mesh.devices, mesh.axis_names)
+    return automatic, automatic != mesh
+
+
+def _placed_anew(x: Array, mesh: Mesh) -> Array:
+    """An array whose type names an explicit mesh, as one of the automatic mesh."""
+    sharding = getattr(x, "sharding", None)
+    if isinstance(x, jax.core.Tracer) or not isinstance(sharding, NamedSharding):
+        return x
+    return jax.device_put(x, NamedSharding(mesh, sharding.spec))
 
 
 class HaloReport(NamedTuple):
@@ -187,7 +210,7 @@ def _slab_halo(axis: AxisWindow, num_slabs: int) -> _Halo:
     if axis.length % num_slabs:
         raise ValueError(
             f"the first axis of the grid, {axis.length} long, does not divide into {num_slabs} "
-            "slabs, one for each device of grid_axis; pad it, with kv_mask, or use another mesh"
+            "slabs, one for each device of grid_axis; use another mesh"
         )
     if axis.length // num_slabs % axis.dilation:
         raise ValueError(
@@ -264,6 +287,7 @@ def _sharded(query, key, value, more, *, spec, mesh, names, options):
         "additional_values": extra,
         "kv_mask": PartitionSpec(batch, grid),
         "position_bias": PartitionSpec(heads),
+        "scale": PartitionSpec(),
     }
     return jax.shard_map(
         body,
@@ -329,7 +353,7 @@ def _slab_attention(
     additional_values: Array | None = None,
     kv_mask: Array | None = None,
     position_bias: Array | None = None,
-    scale: float | None,
+    scale: float | Array | None = None,
     implementation: str | None,
     precision: jax.lax.PrecisionLike,
 ) -> tuple[Array, Array]:

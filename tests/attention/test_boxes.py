@@ -86,9 +86,8 @@ def test_outputs_and_gradients_are_those_of_all_pairs(name):
         return jnp.sum(out * weights[0]) + jnp.sum(finite * weights[1]), (out, lse)
 
     run = jax.jit(jax.grad(total, has_aux=True), static_argnames=("implementation", "q_tile"))
-    clean = tensors | {"key": np.nan_to_num(tensors["key"])}
     slopes, found = run(tensors, "xla", q_tile=case.get("q_tile"))
-    expected_slopes, expected = run(clean, "reference")
+    expected_slopes, expected = run(tensors, "reference")
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 if case.get("large") else 5e-6)
     for tensor, slope in slopes.items():

@@ -248,3 +248,22 @@ def test_reports_refuse_what_cannot_be_split():
         halo_report((8,), NeighborhoodSpec(3), 3, 1, 8, 4)
     with pytest.raises(ValueError, match="num_slabs must be at least 1, got 0"):
         halo_report((8,), NeighborhoodSpec(3), 0, 1, 8, 4)
+
+
+def test_meshes_of_every_kind_of_axis_will_do():
+    made, spec = arrays((16,), heads=2), NeighborhoodSpec(5)
+    expected = attend(**made, spec=spec, scale=0.3)
+    mesh = jax.make_mesh((8,), ("space",))  # whose axes are explicit
+    scale = jnp.float32(0.3)
+    split = functools.partial(
+        neighborhood_attention_sharded, spec=spec, mesh=mesh, grid_axis="space", scale=scale
+    )
+    placed = jax.device_put(made, NamedSharding(mesh, PartitionSpec(None, "space")))
+    for out in (split(**made), split(**placed), jax.jit(lambda made: split(**made))(made)):
+        np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_no_mesh_is_named():
+    made = arrays((16,))
+    with pytest.raises(ValueError, match="mesh"):
+        neighborhood_attention_sharded(**made, spec=NeighborhoodSpec(5), mesh=None)

@@ -1,12 +1,12 @@
 """Sampling on a mesh that spans processes gives the samples of one process."""
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from quick_compilation import program_environment
 
 PROGRAM = Path(__file__).with_name("draw_in_processes.py")
 
@@ -15,7 +15,7 @@ def draw(count, out):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(PROGRAM.parents[2])}
+    environment = program_environment() | {"PYTHONPATH": str(PROGRAM.parents[2])}
     members = [
         subprocess.Popen(
             [sys.executable, str(PROGRAM), str(index), str(count), str(port), str(out)],
