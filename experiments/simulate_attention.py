@@ -37,7 +37,8 @@ def _tiles(text: str) -> list[tuple[int, ...]]:
     sides = text.split("/")
     if len(sides) != 2:
         raise app.UsageError(f"--tiles has {text!r}; it must be like 16x16/16x8")
-    return [tuple(int(edge) for edge in side.split("x")) for side in sides]
+    edges = [_values(side.split("x")) for side in sides]
+    return [edge if isinstance(edge, tuple) else (edge,) for edge in edges]
 
 
 def table(results: list[SimResult]) -> str:
@@ -69,8 +70,11 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     started = time.perf_counter()
-    grid = tuple(int(length) for length in _GRID.value)
+    grid = _values(_GRID.value)
+    grid = grid if isinstance(grid, tuple) else (grid,)
     window, dilation = _values(_WINDOW.value), _values(_DILATION.value)
+    if wrong := [text for text in _CAUSAL.value if text.lower() not in ("true", "false")]:
+        raise app.UsageError(f"--causal has {wrong}; each must be true or false")
     causal = tuple(text.lower() == "true" for text in _CAUSAL.value)
     causal = causal[0] if len(causal) == 1 else causal
     tiles = [_tiles(text) for text in _TILES.value]

@@ -11,7 +11,7 @@ products of those along the axes and are counted in no time.
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -108,6 +108,7 @@ def simulate(
         ValueError: for windows that do not fit the grid, tiles with another number of axes,
             another tiling, or a negative number.
     """
+    grid = _checked_grid(grid)
     axes = spec.axes(grid)
     q_tile, kv_tile = (_checked_tile(tile, grid) for tile in (q_tile, kv_tile))
     if tiling not in TILINGS or num_additional < 0:
@@ -168,10 +169,14 @@ def suggest(
     Raises:
         ValueError: as `simulate`.
     """
+    grid = _checked_grid(grid)
     fixed = NeighborhoodSpec(window, 1, dilation, is_causal)
     axes = fixed.axes(grid)
     results = []
-    for q_tile, kv_tile in tiles:
+    for pair in tiles:
+        if np.ndim(pair) == 0 or len(pair) != 2:
+            raise ValueError(f"tiles must be pairs (q_tile, kv_tile), got {pair!r}")
+        q_tile, kv_tile = pair
         strides = []
         for axis, q_edge, kv_edge in zip(
             axes, _checked_tile(q_tile, grid), _checked_tile(kv_tile, grid), strict=True
@@ -256,12 +261,20 @@ def _flat_counts(axes: Sequence[AxisWindow], q_volume: int, kv_volume: int) -> t
 
 
 def _checked_tile(tile: Sequence[int], grid: Sequence[int]) -> tuple[int, ...]:
-    tile = (tile,) if isinstance(tile, int) else tuple(int(edge) for edge in tile)
-    if len(tile) != len(grid) or min(tile) < 1:
+    edges = (tile,) * len(grid) if np.ndim(tile) == 0 else tuple(tile)
+    if len(edges) != len(grid) or not all(
+        isinstance(edge, int | np.integer) and edge > 0 for edge in edges
+    ):
         raise ValueError(
-            f"a tile must have a positive edge for each axis of the grid {tuple(grid)}, got {tile}"
+            f"tiles must have a positive edge for each axis of {tuple(grid)}, got {tile!r}"
         )
-    return tile
+    return tuple(int(edge) for edge in edges)
+
+
+def _checked_grid(grid: Any) -> tuple[int, ...]:
+    if np.ndim(grid) != 1 or not np.size(grid):
+        raise ValueError(f"grid must have a length for each axis, got {grid!r}")
+    return tuple(grid)
 
 
 def _ceil(number: int, divisor: int) -> int:

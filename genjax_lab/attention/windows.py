@@ -247,7 +247,12 @@ def adaptive_spec(
         raise ValueError(f"base_grid={tuple(base_grid)} must have as many axes as {tuple(grid)}")
 
     def for_each(value):
-        return value if isinstance(value, tuple) else (value,) * len(grid)
+        values = value if isinstance(value, tuple) else (value,) * len(grid)
+        if len(values) != len(grid):
+            raise ValueError(
+                f"spec must have one value for each axis of {tuple(grid)}, got {value}"
+            )
+        return values
 
     windows, strides, dilations = [], [], []
     for length, base, window, stride, dilation in zip(
@@ -269,7 +274,7 @@ def mean_keys(grid: Sequence[int], spec: NeighborhoodSpec) -> float:
     means = []
     for axis in spec.axes(grid):
         seen = 0
-        for group in range(min(axis.dilation, axis.length)):
+        for group in range(axis.dilation):
             start, end = axis.bounds(group)
             seen += int(np.sum(end - start))
         means.append(seen / axis.length)

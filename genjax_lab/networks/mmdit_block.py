@@ -49,7 +49,7 @@ def joint_attention(
         neighborhood: of the image, that each of its tokens sees beside the text; None: all of it.
         layout: how image tokens are stored; None for a grid as it is.
         text_mask: False for text tokens that nobody sees; their values must be finite. It costs
-            one more feature of queries and keys.
+            one more feature of queries and keys, which GPUs pad to the next power of two.
 
     Returns:
         (image, text): the outputs, the second None if text has no queries.

@@ -148,17 +148,19 @@ class TokenLayout:
             dilations.add(tuple(axis.dilation for axis in axes))
         if tile is None:
             return cls(grid)
+        edges = tuple(tile) if np.ndim(tile) == 1 else ()
+        if len(edges) != len(grid) or not all(
+            isinstance(edge, int | np.integer) and edge > 0 for edge in edges
+        ):
+            raise ValueError(
+                f"token_tile must have a positive edge for each axis of {grid}, got {tile!r}"
+            )
         if len(dilations) > 1:
             raise ValueError(
-                f"token_tile={tuple(tile)} needs neighborhood to have one dilation in all blocks, "
+                f"token_tile={edges} needs neighborhood to have one dilation in all blocks, "
                 f"which is 1 in those without, got {sorted(dilations)}"
             )
-        if len(tile) != len(grid) or min(tile) < 1:
-            raise ValueError(
-                f"token_tile must have a positive edge for each axis of the grid {grid}, got "
-                f"{tuple(tile)}"
-            )
-        return cls(grid, tuple(tile), dilations.pop())
+        return cls(grid, edges, dilations.pop())
 
     @property
     def num_groups(self) -> int:

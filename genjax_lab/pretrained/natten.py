@@ -177,22 +177,28 @@ def _make_module(config: Mapping[str, Any], has_position_bias: bool) -> Neighbor
     for name in ("num_heads", "kernel_size"):
         if name not in config:
             raise ValueError(f"config must have {name!r}, got {sorted(config)}.")
-    if not isinstance(config["num_heads"], int) or config["num_heads"] < 1:
-        raise ValueError(f"config['num_heads'] must be positive, got {config['num_heads']!r}.")
+    num_heads = config["num_heads"]
+    if not isinstance(num_heads, int | np.integer) or num_heads < 1:
+        raise ValueError(f"config['num_heads'] must be a positive integer, got {num_heads!r}.")
     unknown = sorted(config.keys() - _ARGUMENTS - _OLDER - {"model_type"})
     if unknown:
         raise ValueError(f"config has {unknown[0]!r}, which is no argument of {kind}.")
     fields = {}
     for name, ours in _OF_AXES.items():
         value = config.get(name, False if name == "is_causal" else 1)
-        values = tuple(value) if isinstance(value, list | tuple) else (value,) * _KINDS[kind]
+        values = (value,) * _KINDS[kind] if np.ndim(value) == 0 else tuple(value)
+        kinds = (bool, np.bool_) if name == "is_causal" else (int, np.integer)
+        if not all(isinstance(item, kinds) for item in values):
+            raise ValueError(
+                f"config[{name!r}] must hold {kinds[0].__name__} values, got {value!r}."
+            )
         if len(values) != _KINDS[kind]:
             raise ValueError(
                 f"config[{name!r}] must have {_KINDS[kind]} values for {kind}, got {value}."
             )
         fields[ours] = values
     return NeighborhoodAttention(
-        num_heads=config["num_heads"],
+        num_heads=int(num_heads),
         spec=NeighborhoodSpec(**fields),
         qkv_bias=config.get("qkv_bias", True),
         scale=config.get("qk_scale") or None,  # the original takes 0 for its default too

@@ -1,6 +1,7 @@
 """Python's language reference as a TFDS data set of English text that needs no download.
 
-Every tenth topic, in the order of their lengths, is for testing.
+Some topics have several names; of each the first is taken. Every tenth, in the order of their
+lengths, is for testing.
 """
 
 import platform
@@ -28,7 +29,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         from pydoc_data.topics import topics
 
-        names = sorted(topics, key=lambda name: (len(topics[name]), name))
+        by_text = {text: name for name, text in sorted(topics.items(), reverse=True)}
+        names = sorted(by_text.values(), key=lambda name: (len(topics[name]), name))
         test = names[5::10]
         return {
             "train": self._generate_examples(topics, [name for name in names if name not in test]),
