@@ -29,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.decay_steps = config.num_steps
     config.steps_per_call = 20
     config.log_every = 100
+    config.eval_every = 1_000
     config.checkpoint_every = 500
     config.max_grad_norm = 1.0
     config.ema = {"ema": {"half_life_images": 3_000.0, "rampup_ratio": 0.05}}

@@ -179,8 +179,12 @@ def sampler_of(
         fields.setdefault("schedule", config.objective.schedule)
     if isinstance(fields.get("schedule"), str):
         fields["schedule"] = schedule_of(fields["schedule"])
+    make = getattr(samplers, fields.pop("name"))
     denoiser = samplers.token_denoiser(network.apply, variables, network.vocab_size)
-    return construct(samplers, fields, "sampler", denoiser, config.data.length)
+    try:
+        return make(denoiser, config.data.length, **fields)
+    except TypeError as error:
+        raise ValueError(f"config.sampler does not fit {make.__name__}: {error}") from error
 
 
 class TextJudge:
