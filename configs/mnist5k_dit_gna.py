@@ -2,6 +2,7 @@
 
     python -m experiments.train --config=configs/mnist5k_dit_gna.py --workdir=runs/mnist5k_dit_gna
 
+Not run to its end; what windows change is measured by `experiments.studies.gna`. This is
 `mnist5k_dit` with patches of 4 for 7, hence 7x7 tokens, each of which sees 4x4 of them (arXiv
 2504.16922). `--config.network.neighborhood.window=7` is dense attention. A tuple of such dicts, or
 None for dense, is one for each block.

@@ -4,7 +4,7 @@ Files are .npz or .safetensors, which hold arrays only; a pickle is read by `loa
 which admits arrays and nothing else.
 """
 
-from genjax_lab.pretrained import edm, natten, var
+from genjax_lab.pretrained import edm, mdlm, natten, var
 from genjax_lab.pretrained.unpickle import load_arrays
 
-__all__ = ["edm", "load_arrays", "natten", "var"]
+__all__ = ["edm", "load_arrays", "mdlm", "natten", "var"]
