@@ -51,6 +51,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/study_ddo_tokens", "Where the mo
 _STEPS = flags.DEFINE_integer("num_steps", 2_000, "Steps of pretraining.", lower_bound=50)
 _ROUND_STEPS = flags.DEFINE_integer("round_steps", 100, "Steps of a round.", lower_bound=4)
 _SAMPLES = flags.DEFINE_integer("num_samples", 4_000, "Samples behind each distance.")
+_BATCH = flags.DEFINE_integer("batch_size", 256, "Examples in a step.", lower_bound=1)
 _VARIANTS = flags.DEFINE_list("variants", None, "Kinds of samples; default all.")
 _RATES = flags.DEFINE_list("learning_rates", ["3e-4", "1e-3"], "Learning rates to choose from.")
 _GUIDANCE = flags.DEFINE_list("guidance", ["0.25", "0.5", "1"], "Scales of guidance beside none.")
@@ -103,6 +104,7 @@ def _pretraining(seed: int, num_steps: int) -> Any:
     config = digits_var.get_config()
     config.seed = seed
     config.network = {"name": "VAR", "width": 32, "depth": 2, "num_heads": 2}
+    config.batch_size = _BATCH.value
     config.num_steps = config.optimizer.decay_steps = num_steps
     config.optimizer.warmup_steps = min(100, num_steps // 4)
     config.steps_per_call = 25
@@ -120,7 +122,7 @@ def play(model: Model, workdir: Path, rounds: int, **changes: Any) -> dict[str, 
         config = digits_var_ddo.get_config()
         config.base, config.rounds = str(model.directory), rounds
         config.num_fakes = min(config.num_fakes, model.settings["num_samples"])
-        config.num_steps = model.settings["round_steps"]
+        config.batch_size, config.num_steps = _BATCH.value, model.settings["round_steps"]
         config.steps_per_call = max(config.num_steps // 4, 1)
         config.eval_every = config.checkpoint_every = config.log_every = config.steps_per_call
         config.alpha, config.optimizer.learning_rate = ALPHAS, rate
@@ -290,6 +292,7 @@ def main(argv: list[str]) -> None:
     whole = not workdir.exists()  # otherwise some of the work was done before
     out.mkdir(parents=True, exist_ok=True)
     config = digits_tokenizer.get_config()
+    config.batch_size = _BATCH.value
     config.num_steps = config.optimizer.decay_steps = _STEPS.value
     config.steps_per_call = 25
     config.checkpoint_every = config.log_every = max(_STEPS.value // 4 // 25 * 25, 25)

@@ -1,6 +1,6 @@
 """A denoiser whose windows are made smaller after training, and one that is trained with windows.
 
-    taskset -c 0 python -m experiments.studies.gna [--seeds=3] [--num_steps=200]
+    taskset -c 0 python -m experiments.studies.gna [--seeds=3] [--num_steps=500]
 
 Two photographs that scikit-learn ships are cut at column 440: the left is trained on, the right
 tested. A transformer of three blocks denoises crops of 128 x 128 pixels, 32 x 32 tokens, at
@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 
 _OUT = flags.DEFINE_string("out", "experiments/results", "Where table and figure go.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Networks that are trained.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("num_steps", 200, "Optimiser steps of each.", lower_bound=2)
+_STEPS = flags.DEFINE_integer("num_steps", 500, "Optimiser steps of each.", lower_bound=2)
 _WINDOWS = flags.DEFINE_list("windows", ["24", "16", "12", "8", "4"], "Edges of the windows.")
 _CROP = flags.DEFINE_integer(
     "crop", 128, "Edge of the crops in pixels.", lower_bound=16, upper_bound=200
