@@ -4,11 +4,11 @@ import os
 import shutil
 import tempfile
 
+from quick_compilation import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs are small here and compiled more often than run: LLVM's optimisation takes half the time.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {xla_flags()}"
 )
 # A thread of XLA's CPU client blocks in every collective that it waits for. With as many threads as
 # cores, eight devices can all wait for threads that wait for them: so give them enough.

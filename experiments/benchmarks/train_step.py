@@ -29,6 +29,9 @@ from genjax_lab.training import half_life_ema, make_train_step
 
 _CASES = flags.DEFINE_list("cases", ["mlp", "dit", "unet"], "Which networks.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed repetitions of each side.", lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "Optimiser steps in a timed call; default the case's.", lower_bound=1
+)
 _OUT = flags.DEFINE_string("out", "experiments/results/train_step.json", "Where the table goes.")
 
 SIGMA_DATA = 0.5
@@ -108,7 +111,9 @@ def main(argv: list[str]) -> None:
     for name in _CASES.value:
         if name not in CASES:
             raise app.UsageError(f"unknown case {name!r}; there are {sorted(CASES)}")
-        table[name] = measure(CASES[name], _REPEATS.value)
+        case = CASES[name]
+        case = case._replace(steps=_STEPS.value or case.steps)
+        table[name] = measure(case, _REPEATS.value)
         print(name, table[name], flush=True)
     out = Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """Real configs on other meshes and in other processes: `config.mesh` is all that changes."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from quick_compilation import program_environment
 
 import experiments
 from configs import digits_edm, mnist5k_dit, mnist5k_edm
@@ -92,11 +92,7 @@ def start(workdir, cache, *arguments):
             *arguments,
         ],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "JAX_PLATFORMS": "cpu",
-        },
+        env=program_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

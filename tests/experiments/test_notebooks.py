@@ -5,6 +5,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from quick_compilation import xla_flags
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "notebooks"
 SMALL = {
@@ -21,7 +22,7 @@ def test_every_notebook_is_tested():
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one device
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())  # one device
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     (parameters,) = [
         cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])

@@ -1,7 +1,6 @@
 """The three programs, as a user starts them: train, evaluate and sample from the path alone."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from quick_compilation import program_environment
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -28,11 +28,7 @@ def start(module, *arguments, check=True):
     return subprocess.run(
         [sys.executable, "-m", f"experiments.{module}", *arguments],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "JAX_PLATFORMS": "cpu",
-        },
+        env=program_environment(),
         capture_output=True,
         text=True,
         check=check,

@@ -1,7 +1,6 @@
 """Rounds of DDO from the command line, on the checkpoint of a run of images."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from quick_compilation import program_environment
 
 import experiments
 from configs import digits_ddo, digits_edm
@@ -60,11 +60,7 @@ def start(module, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{module}", *arguments],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "JAX_PLATFORMS": "cpu",
-        },
+        env=program_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,12 +1,12 @@
 """Studies and benchmarks start, finish and write what they promise, at a meaningless size."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from quick_compilation import program_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,11 +15,7 @@ def start(module, *arguments):
     subprocess.run(
         [sys.executable, "-m", f"experiments.{module}", *arguments],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "JAX_PLATFORMS": "cpu",
-        },
+        env=program_environment(),
         check=True,
         timeout=900,
     )
@@ -45,7 +41,7 @@ def test_ddo_study_compares_every_alternative(tmp_path):
     start(
         "studies.ddo",
         *("--seeds=1", "--rounds=1", "--num_steps=100", "--round_steps=50", "--num_samples=60"),
-        *("--learning_rates=1e-3", "--gains=1", "--guidance=2"),
+        *("--learning_rates=1e-3", "--gains=1", "--guidance=2", "--batch_size=32"),
         *(f"--out={tmp_path}", f"--workdir={tmp_path}/runs"),
     )
     result = json.loads((tmp_path / "ddo.json").read_text())
@@ -60,7 +56,7 @@ def test_token_study_compares_every_alternative(tmp_path):
     start(
         "studies.ddo_tokens",
         *("--seeds=1", "--rounds=1", "--num_steps=50", "--round_steps=4", "--num_samples=60"),
-        *("--variants=hot roundtrip", "--learning_rates=1e-3", "--guidance="),
+        *("--variants=hot roundtrip", "--learning_rates=1e-3", "--guidance=", "--batch_size=32"),
         *(f"--out={tmp_path}", f"--workdir={tmp_path}/runs"),
     )
     table = json.loads((tmp_path / "ddo_tokens.json").read_text())["summary"]["table"]
@@ -82,14 +78,19 @@ def test_tabular_study_reaches_both_optima(tmp_path):
 @pytest.mark.oracle
 def test_ddo_benchmark_prints_its_ratios(tmp_path):
     pytest.importorskip("torch")
-    start("benchmarks.ddo_step", "--repeats=1", "--steps=2", f"--out={tmp_path}/d.json")
+    start(
+        "benchmarks.ddo_step",
+        *("--repeats=1", "--steps=2", "--batch_size=32", "--num_blocks=1"),
+        f"--out={tmp_path}/d.json",
+    )
     assert json.loads((tmp_path / "d.json").read_text())["table"]["ddo_over_mle"] > 0
 
 
 @pytest.mark.oracle
 def test_train_step_benchmark_prints_a_ratio(tmp_path):
     pytest.importorskip("torch")
-    start("benchmarks.train_step", "--cases=mlp", "--repeats=1", f"--out={tmp_path}/t.json")
+    arguments = ("--cases=mlp", "--repeats=1", "--steps=2", f"--out={tmp_path}/t.json")
+    start("benchmarks.train_step", *arguments)
     assert json.loads((tmp_path / "t.json").read_text())["table"]["mlp"]["ratio"] > 0
 
 
@@ -101,7 +102,9 @@ def test_sampler_benchmark_prints_a_ratio(tmp_path):
 
 
 def test_windows_study_compares_windows_and_controls(tmp_path):
-    start("studies.gna", "--seeds=1", "--num_steps=2", "--windows=8", f"--out={tmp_path}")
+    start(
+        "studies.gna", "--seeds=1", "--num_steps=2", "--windows=8", "--crop=64", f"--out={tmp_path}"
+    )
     result = json.loads((tmp_path / "gna.json").read_text())
     assert set(result["swapped"]["8"]) == {
         *("stride 1", "stride w/4", "stride w/2", "blocks", "flat", "random")

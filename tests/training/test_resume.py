@@ -1,7 +1,6 @@
 """Runs that are killed and restarted, each in a process of its own; two processes as one."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_experiment
+from quick_compilation import program_environment
 
 from genjax_lab.training import read_metrics, restore, train
 
@@ -19,21 +19,10 @@ SCRIPT = Path(__file__).with_name("run_tiny_experiment.py")
 ROOT = SCRIPT.parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """All processes share what they compile, which is most of their time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-        yield
-
-
 def launch(*arguments):
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="", PYTHONPATH=str(ROOT))
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env=environment,
+        env=program_environment() | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

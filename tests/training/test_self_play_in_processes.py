@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import tiny_self_play
+from quick_compilation import program_environment
 
 from genjax_lab.training import read_metrics, restore, run_self_play
 
@@ -23,7 +24,7 @@ def play_together(count, workdir):
     members = [
         subprocess.Popen(
             [sys.executable, str(PROGRAM), str(index), str(count), str(port), str(workdir)],
-            env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": path},
+            env=program_environment() | {"PYTHONPATH": path},
             stderr=subprocess.PIPE,
             text=True,
         )
