@@ -114,8 +114,9 @@ def test_the_injected_attention_decides_the_output(tiny):
 def test_no_class_is_the_label_num_classes_or_zeros_or_none(tiny):
     _, variables, apply = tiny
     nobody = apply(variables, X, C_NOISE, jnp.zeros((2, 3)))
-    np.testing.assert_array_equal(apply(variables, X, C_NOISE, jnp.array([3, 3])), nobody)
-    np.testing.assert_array_equal(apply(variables, X, C_NOISE, None), nobody)
+    # Three programs, which may round differently.
+    for none in (jnp.array([3, 3]), None):
+        np.testing.assert_allclose(apply(variables, X, C_NOISE, none), nobody, atol=1e-6)
     labelled = apply(variables, X, C_NOISE, jnp.array([3, 1]))
     np.testing.assert_allclose(labelled[0], nobody[0], atol=1e-6)
     assert float(jnp.abs(labelled[1] - nobody[1]).max()) > 1e-3
