@@ -121,8 +121,11 @@ def test_plans_are_kept():
 def test_default_tiles_are_powers_of_two_no_larger_than_they_need_be(platform):
     for grid in [(1,), (7, 7), (5, 300), (30, 48, 80), (2, 3, 1000), (32768,)]:
         for tile in default_tiles(grid, 128, platform):
-            for edge, length in zip(tile, grid, strict=True):
-                assert edge & (edge - 1) == 0 and edge < 2 * length
+            assert all(edge & (edge - 1) == 0 for edge in tile)
+            # The kernel of GPUs takes 16 tokens at least.
+            is_least = platform == "gpu" and math.prod(tile) == 16
+            fits = all(edge < 2 * length for edge, length in zip(tile, grid, strict=True))
+            assert fits or is_least
     sizes = {math.prod(tile) for tile in default_tiles((30, 48, 80), 64, platform)}
     assert sizes == ({128, 64} if platform == "gpu" else {256})
 
