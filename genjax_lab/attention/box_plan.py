@@ -22,7 +22,7 @@ Bounds = tuple[np.ndarray, np.ndarray]
 # Nanoseconds of one core, for choosing tiles: of a multiply-add, of the rest of a pair of tokens,
 # of a class of a pair, of a number of a box of keys, of a tile, of a part's loop. Only their ratios
 # matter.
-_MULTIPLY_ADD, _PAIR, _CLASS, _KEY_NUMBER, _TILE, _PART = 0.03, 0.7, 0.09, 0.38, 1e4, 1e5
+_MULTIPLY_ADD, _PAIR, _CLASS, _KEY_NUMBER, _TILE, _PART = 0.03, 0.6, 0.025, 0.8, 5e3, 5e5
 _LARGEST_TILE = 1024  # queries
 _MOST_TILES = 1024  # along an axis, where tiles are chosen
 
@@ -230,11 +230,15 @@ def choose_tiles(
 
 
 def _candidate_edges(bounds: Bounds, segments: Sequence[int], tile: int) -> list[int]:
-    """Edges worth trying: powers of two, and multiples of the run in which windows stay."""
+    """Edges worth trying.
+
+    Powers of two, equal parts of the axis, and multiples of the run in which windows stay.
+    """
     longest = max(segments)
     changes = np.flatnonzero(np.diff(np.asarray(bounds[0])[0])) + 1
     stride = int(np.gcd.reduce(changes)) if len(changes) else longest * tile
     edges = {2**power for power in range(11)}
+    edges |= {-(-longest // parts) for parts in range(1, 9)}
     edges |= {max(1, multiple * stride // tile) for multiple in (1, 2, 3)}
     edges = {min(edge, longest) for edge in edges if edge <= _LARGEST_TILE}
     return sorted(edge for edge in edges if edge * _MOST_TILES >= longest)

@@ -143,11 +143,11 @@ class Box:
             return self.dot(of_keys, of_rows.T) if keys_first else self.dot(of_rows, of_keys.T)
 
         logits = product(self.queries(), self.keys())
-        classes, penalties = self._classes()
-        if classes:
-            classes = jnp.concatenate(classes, axis=1)
-            penalties = jnp.concatenate(penalties, axis=1)
-            logits += product(classes, self._with_extra(penalties))
+        if any(axis.num_classes for axis in self.axes):
+            logits += product(self._one_hot(), self._with_extra(self._penalties().T))
+        if self.tables["key_mask"] is not None:
+            penalty = self._with_extra(self._key_penalty())
+            logits += penalty if keys_first else penalty.T
         if "bias" in self.tensors:
             bias = self._with_extra(self._bias(self.tensors["bias"]))
             logits += bias if keys_first else bias.T
@@ -159,30 +159,37 @@ class Box:
             return keys
         return jnp.pad(keys, ((0, self.tensors["extra_key"].shape[1]), (0, 0)))
 
-    def _classes(self) -> tuple[list[Array], list[Array]]:
-        """One-hot classes [rows, classes], and penalties [keys, classes], of all that is masked."""
-        classes, penalties = [], []
-        for number, (axis, table) in enumerate(zip(self.axes, self.arrays, strict=True)):
-            if not axis.num_classes:
-                continue
-            at = self.at[number]
-            one_hot = self._set(table["group"])[at][:, None] == jnp.arange(axis.num_classes)
-            one_hot = one_hot.astype(self.plan.exact)
-            classes.append(self._spread(one_hot, number, self.q_edges, self.group))
-            start, end = jnp.moveaxis(self._set(table["seen"])[at], -1, 0)
-            key = jnp.arange(axis.kv_edge * self.plan.tile[number])[:, None]
-            penalty = jnp.where((start <= key) & (key < end), 0, HIDDEN).astype(self.plan.exact)
-            penalties.append(self._spread(penalty, number, self.kv_edges))
-        if self.tables["key_mask"] is not None:
-            mask = self.tables["key_mask"]
-            origin = (self.example, *self.kv_first, *(jnp.int32(0),) * self.plan.rank)
-            mask = jax.lax.dynamic_slice(mask, origin, (1, *self.kv_edges, *self.plan.tile))
-            penalties.append(jnp.where(mask.reshape(-1, 1), 0, HIDDEN).astype(self.plan.exact))
-            classes.append(jnp.ones((self.group * self._num_queries(), 1), self.plan.exact))
-        return classes, penalties
+    def _masked_axes(self) -> list[int]:
+        return [number for number, axis in enumerate(self.axes) if axis.num_classes]
 
-    def _num_queries(self) -> int:
-        return math.prod(self.q_edges) * math.prod(self.plan.tile)
+    def _one_hot(self) -> Array:
+        """The classes that rows are in, [rows, classes of all axes]."""
+        classes = []
+        for number in self._masked_axes():
+            group = self._set(self.arrays[number]["group"])[self.at[number]]
+            one_hot = group[:, None] == jnp.arange(self.axes[number].num_classes)
+            classes.append(self._spread(one_hot, number, self.q_edges, self.group))
+        return jnp.concatenate(classes, axis=1).astype(self.plan.exact)
+
+    def _penalties(self) -> Array:
+        """What classes do not see, [classes of all axes, keys]."""
+        seen, places = [], []
+        shape = (*self.kv_edges, *self.plan.tile)
+        for number in self._masked_axes():
+            seen.append(self._set(self.arrays[number]["seen"])[self.at[number]])
+            unit, inside = (np.indices(shape)[axis] for axis in (number, self.plan.rank + number))
+            place = (unit * self.plan.tile[number] + inside).reshape(1, -1)
+            places.append(np.repeat(place, self.axes[number].num_classes, axis=0))
+        start, end = jnp.moveaxis(jnp.concatenate(seen), -1, 0)[..., None]
+        place = np.concatenate(places).astype(np.int32)  # a constant: nothing is spread in a step
+        return jnp.where((start <= place) & (place < end), 0, HIDDEN).astype(self.plan.exact)
+
+    def _key_penalty(self) -> Array:
+        """Of keys that no query sees, [keys, 1]."""
+        origin = (self.example, *self.kv_first, *(jnp.int32(0),) * self.plan.rank)
+        size = (1, *self.kv_edges, *self.plan.tile)
+        mask = jax.lax.dynamic_slice(self.tables["key_mask"], origin, size)
+        return jnp.where(mask.reshape(-1, 1), 0, HIDDEN).astype(self.plan.exact)
 
     def _spread(self, rows: Array, number: int, edges: Sequence[int], times: int = 1) -> Array:
         """Rows of one axis [tokens of it, width] to all tokens [tokens * times, width]."""

@@ -162,18 +162,17 @@ def _attend(plan: BoxPlan, tensors: dict, tables: dict) -> tuple[Array, Array]:
     def visit(number, carry, step):
         out, lse = carry
         box = Box(plan, number, tensors, tables, step)
-        logits = box.logits()
         shift = box.take_queries(shifts[..., None])[:, 0]
         # Only rows whose bound is too large take their maximum, so that no row's result depends on
         # what others see.
         too_large = ~(shift <= _LARGEST_SHIFT)  # NaN is, where a norm of 0 meets one beyond float32
 
-        def with_maximum():
-            top = jnp.max(logits, axis=1)
+        def with_maximum():  # of logits of its own: those below then never are an array
+            top = jnp.max(box.logits(), axis=1)
             return jnp.where(too_large, jnp.where(top > HIDDEN / 2, top, 0), shift)
 
         shift = jax.lax.cond(jnp.any(too_large), with_maximum, lambda: shift)
-        weights = jnp.exp(logits - shift[:, None])
+        weights = jnp.exp(box.logits() - shift[:, None])
         total = jnp.sum(weights, axis=1)
         seen = total > 0
         safe = jnp.where(seen, total, 1)

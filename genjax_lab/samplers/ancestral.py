@@ -11,6 +11,9 @@ which keeps the law of x_t at every time whatever sigma is. Forward-backward sam
 2205.14987) and the corrector of discrete flow matching (arXiv 2407.15595) are choices of sigma.
 
 A network that is not told the time is evaluated again only when a token of the batch has changed.
+In a large batch some token always has; with `asynchronous`, each sequence keeps a clock of its own,
+and the network waits until all have changed: at most one evaluation for each token, for any number
+of steps, and the same law.
 Tokens are drawn in two stages, whether and which, or jointly from the V + 1 classes with the mask
 among them: in exact arithmetic the same, but with float32 noise the second draws improbable tokens
 too rarely and too late (arXiv 2409.02908); it is kept to study that.
@@ -68,6 +71,7 @@ class _Path(NamedTuple):
 
 
 class _History(NamedTuple):
+    clock: Int[Array, "batch"]  # steps that each example has made
     revealed_at: Int[Array, "batch length"]
     log_probability: Float[Array, "batch length"]  # with which each token was drawn
     filled: Int[Array, "batch"]
@@ -78,7 +82,15 @@ class _Settings(NamedTuple):
     options: DrawOptions
     time_conditioned: bool
     num_steps: int
+    fills: bool
     remasks: bool
+    asynchronous: bool
+    rows: int  # of each sequence that are drawn at once
+
+    @property
+    def end(self) -> int:
+        """What clocks show when all is done."""
+        return self.num_steps + self.fills
 
 
 def ancestral(
@@ -94,6 +106,7 @@ def ancestral(
     top_p: float | Float[Array, ""] = 1.0,
     min_p: float | Float[Array, ""] = 0.0,
     time_conditioned: bool = False,
+    asynchronous: bool = False,
 ) -> Sampler:
     """The sampler; its samples are int32 tokens [batch, length].
 
@@ -113,17 +126,23 @@ def ancestral(
             needs `jax_enable_x64`.
         temperature, top_k, top_p, min_p: of the tokens, see `exact_categorical` and `logit_floor`.
         time_conditioned: whether the network is told the time; it is then evaluated in every step.
+        asynchronous: whether each sequence goes on until one of its own tokens changes before the
+            network is evaluated again. There is then no trajectory, and no time for the network.
 
     Raises:
         ValueError: if a number is out of range; in sampling, if the shape is another.
     """
+    if asynchronous and time_conditioned:
+        raise ValueError("asynchronous sequences have no common time to tell the network")
     schedule = linear() if schedule is None else schedule
     times = _times(num_steps, times)
     share = np.asarray(schedule.masked(jnp.asarray(times, jnp.float32)), np.float64)
     zero = np.zeros(num_steps)
     path = _Path(times[:-1], 1 - share[1:] / share[:-1], share[:-1], zero, zero.astype(bool))
     options = DrawOptions(temperature, top_k, top_p, min_p).checked(denoiser.vocab_size)
-    return _sampler(denoiser, length, path, draw, options, time_conditioned, times[-1] > 0)
+    return _sampler(
+        denoiser, length, path, draw, options, time_conditioned, times[-1] > 0, asynchronous
+    )
 
 
 def remasking(
@@ -222,7 +241,9 @@ def _times(num_steps: int, times) -> np.ndarray:
     return times
 
 
-def _sampler(denoiser, length, path, draw, options, time_conditioned, fills) -> Sampler:
+def _sampler(
+    denoiser, length, path, draw, options, time_conditioned, fills, asynchronous=False
+) -> Sampler:
     if length < 1:
         raise ValueError(f"length is {length}; it must be positive")
     if draw not in DRAWS:
@@ -233,13 +254,31 @@ def _sampler(denoiser, length, path, draw, options, time_conditioned, fills) -> 
     if draw != "two_stage" and not (plain and options.temperature == 1.0):
         raise ValueError(f"draw={draw!r} is for temperature 1 without cuts, got {options}")
     num_steps = len(path.t)
-    settings = _Settings(draw, options, bool(time_conditioned), num_steps, bool(np.any(path.sigma)))
+    settings = _Settings(
+        draw,
+        options,
+        bool(time_conditioned),
+        num_steps,
+        bool(fills),
+        bool(np.any(path.sigma)),
+        bool(asynchronous),
+        # Of many steps few draw more than a token of a sequence; more steps of a loop draw those.
+        min(length, ROWS, -(-2 * length // num_steps))
+        if draw == "two_stage"
+        else min(length, ROWS),
+    )
     path = jax.tree.map(lambda x: jnp.asarray(x, None if x.dtype == bool else jnp.float32), path)
+    transition = Partial(_transition, denoiser, settings, path)
+    finished = None
+    if asynchronous:
+        transition = Partial(_until_change, denoiser, settings, path)
+        finished = Partial(_finished, denoiser, settings)
     return Sampler(
         init=Partial(_init, denoiser, length, settings),
         predict=Partial(_predict, denoiser, settings, path),
-        transition=Partial(_transition, denoiser, settings, path),
-        num_steps=num_steps + bool(fills),
+        transition=transition,
+        num_steps=min(length + 1, settings.end) if asynchronous else settings.end,
+        finished=finished,
         report=Partial(_report, denoiser),
     )
 
@@ -247,13 +286,11 @@ def _sampler(denoiser, length, path, draw, options, time_conditioned, fills) -> 
 def _init(denoiser, length, settings, keys, shape, condition):
     del keys
     check_sequences(shape, length)
-    batch = shape[0]
-    history = _History(
-        jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), jnp.zeros((batch,), jnp.int32)
-    )
+    zeros = jnp.zeros((shape[0],), jnp.int32)
+    history = _History(zeros, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), zeros)
     sample = jnp.full(shape, denoiser.mask_id, jnp.int32)
     memory = ()
-    if not settings.time_conditioned:
+    if not (settings.time_conditioned or settings.asynchronous):
         logits = jax.eval_shape(denoiser.predict, sample, None, condition, None)
         memory = (jnp.zeros(logits.shape, logits.dtype), jnp.bool_(True))
     return SamplerState(
@@ -267,6 +304,9 @@ def _predict(denoiser, settings, path, state):
         t = path.t[jnp.minimum(shared.step, settings.num_steps - 1)]
         t = jnp.broadcast_to(t, example.sample.shape[:1])
         logits = denoiser.predict(example.sample, t, example.condition, None)
+        count = denoiser.evaluations
+    elif settings.asynchronous:
+        logits = denoiser.predict(example.sample, None, example.condition, None)
         count = denoiser.evaluations
     else:
         cached, changed = shared.memory
@@ -283,40 +323,110 @@ def _predict(denoiser, settings, path, state):
 
 def _transition(denoiser, settings, path, keys, state, logits):
     example, shared = state
-    step = jnp.minimum(shared.step, settings.num_steps - 1)
-    masked = example.sample == denoiser.mask_id
     move_keys, draw_keys = _pairs(keys)
-    sigma = path.sigma[step]
-    share = path.masked[step]
-    # Where sigma is spread over the tokens that stand, those that do not have none, as in ReMDM.
-    spreads = path.spreads[step]
-    reveal = path.reveal[step] + jnp.where(spreads, 0, sigma) * (1 - share) / share
-    reveal = jnp.broadcast_to(reveal, masked.shape[:1])
-    if settings.remasks:
-        sigma = sigma * jnp.where(spreads, _spread(example, masked), 1.0)
-    probability = jnp.where(masked, reveal[:, None], sigma)
-    moves = _happens(move_keys, probability)
-    fills = shared.step >= settings.num_steps
+    moves = _moves(denoiser, settings, path, move_keys, example)
+    new = _made(denoiser, settings, path, draw_keys, example, logits, moves)
+    if not settings.time_conditioned:
+        memory = (shared.memory[0], jnp.any(new.sample != example.sample))
+        shared = shared._replace(memory=memory)
+    return SamplerState(new, shared)
+
+
+def _until_change(denoiser, settings, path, keys, state, logits):
+    """Steps of every example until one of its tokens changes."""
+
+    def keys_of(example):
+        return _pairs(jax.vmap(jax.random.fold_in)(keys, example.history.clock))
+
+    def wait(carry):
+        """Until a token is to be drawn: which it is, has no part in that."""
+        example, moves, waits = carry
+        found = _moves(denoiser, settings, path, keys_of(example)[0], example) & waits[:, None]
+        passes = waits & ~jnp.any(found, axis=1)
+        clock = example.history.clock + passes
+        passes &= clock < settings.end
+        example = example._replace(history=example.history._replace(clock=clock))
+        return example, moves | found, passes
+
+    def step(carry):
+        """Whether a token is drawn, is part of the draw."""
+        example, waits = carry
+        move_keys, draw_keys = keys_of(example)
+        moves = _moves(denoiser, settings, path, move_keys, example)
+        new = _made(denoiser, settings, path, draw_keys, example, logits, moves, waits)
+        changed = jnp.any(new.sample != example.sample, axis=1)
+        return new, waits & ~changed & (new.history.clock < settings.end)
+
+    example, shared = state
+    waits = (example.history.clock < settings.end) & jnp.any(
+        example.sample == denoiser.mask_id, axis=1
+    )
     if settings.draw == "two_stage":
-        chosen = masked & (moves | fills)
-        sample, log_probability = _draw(settings.options, draw_keys, example, logits, chosen, fills)
+        moves = jnp.zeros(example.sample.shape, bool)
+        example, moves, _ = jax.lax.while_loop(
+            lambda carry: jnp.any(carry[2]), wait, (example, moves, waits)
+        )
+        draws = waits & (example.history.clock < settings.end)
+        draw_keys = keys_of(example)[1]
+        example = _made(denoiser, settings, path, draw_keys, example, logits, moves, draws)
     else:
-        chosen = masked
-        sample = _draw_jointly(settings.draw, draw_keys, example.sample, logits, masked, reveal)
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        sample = jnp.where(masked & fills, best, sample)
-        log_probability = example.history.log_probability
-    sample = jnp.where(~masked & moves & ~fills, denoiser.mask_id, sample)
+        example, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), step, (example, waits))
+    return SamplerState(example, shared)
+
+
+def _finished(denoiser, settings, state):
+    history = state.example.history
+    return jnp.all((history.clock >= settings.end) | (masks_left(state, denoiser.mask_id) == 0))
+
+
+def _chances(settings, path, example, masked):
+    """(probability that a mask becomes a token [batch], that a token is masked [batch, length])."""
+    step = jnp.minimum(example.history.clock, settings.num_steps - 1)
+    sigma, share, spreads = path.sigma[step], path.masked[step], path.spreads[step]
+    # Where sigma is spread over the tokens that stand, those that do not have none, as in ReMDM.
+    reveal = path.reveal[step] + jnp.where(spreads, 0, sigma) * (1 - share) / share
+    sigma = sigma[:, None]
+    if settings.remasks:
+        sigma = sigma * jnp.where(spreads[:, None], _spread(example, masked), 1.0)
+    return reveal, sigma
+
+
+def _moves(denoiser, settings, path, keys, example):
+    """Which tokens change to or from the mask, [batch, length]; all masks where they are filled."""
+    masked = example.sample == denoiser.mask_id
+    reveal, sigma = _chances(settings, path, example, masked)
+    moves = _happens(keys, jnp.where(masked, reveal[:, None], sigma))
+    fills = (example.history.clock >= settings.num_steps)[:, None]
+    return jnp.where(fills, masked, moves)
+
+
+def _made(denoiser, settings, path, keys, example, logits, moves, acts=None):
+    """The examples after a step, of those that act, by default all."""
+    masked = example.sample == denoiser.mask_id
+    history = example.history
+    acts = jnp.ones(masked.shape[:1], bool) if acts is None else acts
+    masked, moves = masked & acts[:, None], moves & acts[:, None]
+    fills = history.clock >= settings.num_steps
+    sample, log_probability = example.sample, history.log_probability
+    if settings.draw == "two_stage":
+        chosen = masked & moves & ~fills[:, None]
+        sample, log_probability = _draw(settings, keys, example, logits, chosen)
+    else:
+        reveal, _ = _chances(settings, path, example, masked)
+        sample = _draw_jointly(settings, keys, sample, logits, masked & ~fills[:, None], reveal)
+    if settings.fills:
+        to_fill = masked & fills[:, None]
+        sample = jax.lax.cond(jnp.any(to_fill), _filled, lambda x, *_: x, sample, logits, to_fill)
+    stands = example.sample != denoiser.mask_id
+    sample = jnp.where(stands & moves, denoiser.mask_id, sample)
     revealed = masked & (sample != denoiser.mask_id)
     history = _History(
-        jnp.where(revealed, shared.step, example.history.revealed_at),
+        history.clock + acts,
+        jnp.where(revealed, history.clock[:, None], history.revealed_at),
         log_probability,
-        jnp.where(fills, jnp.sum(revealed, axis=1), example.history.filled),
+        jnp.where(fills & acts, jnp.sum(revealed, axis=1), history.filled),
     )
-    if not settings.time_conditioned:
-        memory = (shared.memory[0], jnp.any(sample != example.sample))
-        shared = shared._replace(memory=memory)
-    return SamplerState(example._replace(sample=sample, history=history), shared)
+    return example._replace(sample=sample, history=history)
 
 
 def _pairs(keys):
@@ -340,10 +450,16 @@ def _spread(example, masked):
     return jax.nn.softmax(jnp.where(masked, -jnp.inf, -confidence), axis=1, where=~masked)
 
 
-def _draw(options, keys, example, logits, chosen, greedy):
+def _filled(sample, logits, to_fill):
+    """With the most probable tokens, but where no logit is finite."""
+    is_finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(to_fill & is_finite, best, sample)
+
+
+def _draw(settings, keys, example, logits, chosen):
     """Draws the chosen positions, some rows at a time."""
-    rows = min(ROWS, chosen.shape[1])
-    options = options._replace(temperature=jnp.where(greedy, 0.0, options.temperature))
+    rows, options = settings.rows, settings.options
 
     def some(carry):
         sample, log_probability, left = carry
@@ -370,9 +486,9 @@ def _first(left, rows):
     return jax.lax.top_k(left.astype(jnp.int32), rows)[1].astype(jnp.int32)
 
 
-def _draw_jointly(kind, keys, sample, logits, masked, reveal):
+def _draw_jointly(settings, keys, sample, logits, masked, reveal):
     """Draws from V tokens and the mask."""
-    rows = min(ROWS, masked.shape[1])
+    rows, kind = settings.rows, settings.draw
     mask_id = logits.shape[-1]
 
     def some(carry):

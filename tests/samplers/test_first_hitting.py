@@ -30,6 +30,7 @@ from genjax_lab.samplers import (
     suppress_tokens,
     token_denoiser,
 )
+from genjax_lab.samplers.base import example_keys, step_keys
 
 MASK = VOCAB
 
@@ -165,11 +166,14 @@ def test_extrapolation_follows_laws_that_change_with_the_time():
     assert first[0] > first[2] and last[2] > last[0]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("draw", ["two_stage", "joint"])
-def test_ancestral_samples_have_the_enumerated_law(table, draw):
+def test_ancestral_samples_have_the_enumerated_law(table, draw, asynchronous):
     steps = 4
     law = ancestral_law(table, 1 / np.arange(steps, 0, -1))
-    sampler = ancestral(denoiser_of(table), LENGTH, num_steps=steps, draw=draw)
+    sampler = ancestral(
+        denoiser_of(table), LENGTH, num_steps=steps, draw=draw, asynchronous=asynchronous
+    )
     tokens, _ = sample(sampler, jax.random.key(2), shape=(20_000, LENGTH))
     assert 1e-4 < p_value(counts(tokens), law) < 1 - 1e-4
 
@@ -190,9 +194,46 @@ def test_evaluations_of_cached_ancestral_sampling_are_those_of_the_formula():
     assert np.mean(found) == pytest.approx(expected, abs=2.5)
 
 
-def test_masks_that_are_left_are_filled_and_counted(table):
+@pytest.mark.parametrize("draw", ["two_stage", "joint_float32"])
+def test_clocks_of_their_own_give_each_sequence_the_steps_it_would_make(table, draw):
+    """Step by step, with the same keys, the sampler with one clock goes the same way."""
+    steps, seed, shape = 16, 5, (1, LENGTH)
+    settings = {"num_steps": steps, "draw": draw, "times": np.linspace(1, 0.1, steps + 1)}
+    own, info = sample(
+        ancestral(denoiser_of(table), LENGTH, asynchronous=True, **settings),
+        jax.random.key(seed),
+        shape=shape,
+    )
+    sampler = ancestral(denoiser_of(table), LENGTH, **settings)
+    keys = example_keys(jax.random.key(seed), np.arange(1))
+    state, call = sampler.init(keys, shape, None), 1
+    for step in range(sampler.num_steps):
+        prediction, state = sampler.predict(state)
+        before = state.sample
+        call_keys = step_keys(step_keys(keys, call), step)
+        state = sampler.transition(call_keys, state, prediction)
+        state = state._replace(shared=state.shared._replace(step=state.shared.step + 1))
+        call += int(np.any(before != state.sample))
+    np.testing.assert_array_equal(own, state.sample)
+    np.testing.assert_array_equal(info.report.revealed_at, sampler.report(state).revealed_at)
+    np.testing.assert_array_equal(info.report.masks_filled, sampler.report(state).masks_filled)
+
+
+def test_clocks_of_their_own_need_at_most_an_evaluation_for_each_token(table):
+    sampler = ancestral(denoiser_of(table), LENGTH, num_steps=512, asynchronous=True)
+    tokens, info = sample(sampler, jax.random.key(0), shape=(64, LENGTH))
+    assert LENGTH - 1 <= info.num_evaluations <= LENGTH + 1
+    assert np.all(np.asarray(tokens) < MASK)
+    # Steps are still those of the schedule: a token is revealed at a uniform time.
+    assert np.mean(info.report.revealed_at) == pytest.approx(256, abs=40)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_masks_that_are_left_are_filled_and_counted(table, asynchronous):
     times = np.linspace(1, 0.5, 9)
-    sampler = ancestral(denoiser_of(table), LENGTH, num_steps=8, times=times)
+    sampler = ancestral(
+        denoiser_of(table), LENGTH, num_steps=8, times=times, asynchronous=asynchronous
+    )
     tokens, info = sample(sampler, jax.random.key(0), shape=(4000, LENGTH))
     assert np.all(np.asarray(tokens) < MASK) and not np.any(info.report.masks_left)
     assert np.mean(info.report.masks_filled) == pytest.approx(LENGTH / 2, abs=0.1)
@@ -288,6 +329,10 @@ def test_nothing_finite_leaves_masks_that_are_counted():
         (lambda d: ancestral(d, 4, num_steps=2, times=[1.0, 0.5, 0.6]), "times"),
         (lambda d: ancestral(d, 4, num_steps=2, draw="both"), "draw"),
         (lambda d: ancestral(d, 4, num_steps=2, draw="joint", top_k=2), "draw"),
+        (
+            lambda d: ancestral(d, 4, num_steps=2, time_conditioned=True, asynchronous=True),
+            "asynchronous",
+        ),
         (lambda d: remasking(d, 4, num_steps=2, strategy="none"), "strategy"),
         (lambda d: confidence(d, 4), "num_steps and threshold"),
         (lambda d: confidence(d, 4, num_steps=2, rank="luck"), "rank"),
