@@ -1,9 +1,9 @@
 """TFDS data sets on disk: preparing them as array_record, finding them, reading them.
 
 Everything goes through tensorflow-datasets and is read by random access without TensorFlow.
-`digits`, `mnist5k` and `pydoc` are prepared from installed packages the first time they are asked
-for. Every other TFDS name (`cifar10`, `imagenet2012`, ...) is read the same way once `prepare` has
-been called for it: reading never touches the network.
+`digits`, `mnist5k`, `pydoc` and `kjv` are prepared from installed packages the first time they are
+asked for. Every other TFDS name (`cifar10`, `imagenet2012`, ...) is read the same way once it was
+given to `prepare`: reading never touches the network.
 
 A data set is written into a directory of its own and moved into place by one rename. A killed
 preparation therefore leaves nothing that could be taken for data, and of several processes that
@@ -25,13 +25,19 @@ import tensorflow_datasets as tfds
 
 from genjax_lab.data.digits import digits_dataset_builder
 from genjax_lab.data.image_levels import DatasetInfo
+from genjax_lab.data.kjv import kjv_dataset_builder
 from genjax_lab.data.mnist5k import mnist5k_dataset_builder
 from genjax_lab.data.pydoc import pydoc_dataset_builder
 
 # Data sets whose source is an installed package: they can be prepared anywhere, in seconds.
 PACKAGED = tuple(
     builder.Builder.name
-    for builder in (digits_dataset_builder, mnist5k_dataset_builder, pydoc_dataset_builder)
+    for builder in (
+        digits_dataset_builder,
+        mnist5k_dataset_builder,
+        pydoc_dataset_builder,
+        kjv_dataset_builder,
+    )
 )
 
 DataDir = str | os.PathLike | None

@@ -29,11 +29,11 @@ def read_documents(
 ) -> list[str]:
     """The documents of a TFDS data set, in their order.
 
-    `pydoc` is written to disk on first use; other data sets must have been prepared
+    `pydoc` and `kjv` are written to disk on first use; other data sets must have been prepared
     (`genjax_lab.data.prepare`).
 
     Args:
-        name: a TFDS name: "pydoc", "lm1b", "wikipedia/20230601.en".
+        name: a TFDS name: "pydoc", "kjv", "lm1b", "wikipedia/20230601.en".
         split: a TFDS split.
         feature: which of its features the text is.
         data_dir: where data sets live, as for `make_loader`.

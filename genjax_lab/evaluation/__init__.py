@@ -6,6 +6,13 @@ from genjax_lab.evaluation.categorical_laws import (
     truncated_categorical_probs,
 )
 from genjax_lab.evaluation.classifier_training import ClassifierRecipe
+from genjax_lab.evaluation.enumeration import (
+    ancestral_law,
+    consistent_table,
+    first_hitting_law,
+    prediction_table,
+    total_variation,
+)
 from genjax_lab.evaluation.evaluate import METRICS, evaluate_samples, extract_features
 from genjax_lab.evaluation.features import (
     FeatureExtractor,
@@ -35,9 +42,12 @@ __all__ = [
     "MemorizationReport",
     "PrecisionRecall",
     "TrigramJudge",
+    "ancestral_law",
     "classifier_features",
+    "consistent_table",
     "evaluate_samples",
     "extract_features",
+    "first_hitting_law",
     "frechet_distance",
     "generative_perplexity",
     "gumbel_cap",
@@ -47,7 +57,9 @@ __all__ = [
     "memorization_report",
     "nelbo",
     "precision_recall",
+    "prediction_table",
     "seed_range_summary",
+    "total_variation",
     "truncated_categorical_probs",
     "unigram_entropy",
 ]

@@ -45,7 +45,11 @@ from genjax_lab.objectives.log_ratio import (
     member_log_likelihoods,
     paired_log_likelihoods,
 )
-from genjax_lab.objectives.masked import draw_masks, masked_diffusion_loss
+from genjax_lab.objectives.masked import (
+    block_diffusion_mask,
+    draw_masks,
+    masked_diffusion_loss,
+)
 from genjax_lab.objectives.noise_levels import NoiseLevelTable, log_ratios_by_noise_level
 from genjax_lab.objectives.noisy_discriminator import noisy_discriminator
 from genjax_lab.objectives.tokenizer import tokenizer_reconstruction
@@ -60,6 +64,7 @@ __all__ = [
     "augmented",
     "autoregressive",
     "autoregressive_log_likelihood",
+    "block_diffusion_mask",
     "calibrate_beta",
     "cca_loss",
     "ddo_denoising",

@@ -8,6 +8,10 @@
 
 The first has no time at all. A network that is told the time is, given the count, told a draw from
 its posterior: 1 - alpha(t) ~ Beta(n, L - n + 1).
+
+Block diffusion (BD3-LM, arXiv 2503.09573) predicts block after block, each by masked diffusion
+given the blocks before it, whose bounds add up. All blocks are trained in one call: the network
+sees the masked sequence and, behind it, the sequence itself, under `block_diffusion_mask`.
 """
 
 from collections.abc import Callable
@@ -15,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from genjax_lab.objectives.denoising import Objective
@@ -35,6 +40,7 @@ def masked_diffusion_loss(
     time_conditioned: bool = False,
     max_rows: int | None = None,
     shares: tuple[float, float] = (0.0, 1.0),
+    block: int | None = None,
 ) -> Objective:
     """The objective of a masked diffusion model.
 
@@ -52,6 +58,8 @@ def masked_diffusion_loss(
             predicted, which saves most of the last layer; all if None. The mean stays the same.
         shares: masked shares that are trained on, as in BD3-LM (arXiv 2503.09573), by the form
             "time" only. Narrower ranges have less variance, but the loss is then no bound.
+        block: tokens of a block, of which a sequence has whole ones, for block diffusion; the
+            network is then also called with `positions` and `mask`, on sequences twice as long.
 
     Returns:
         An objective of batches {"tokens": [batch, length] int; optional "may_mask": [batch, length]
@@ -67,6 +75,11 @@ def masked_diffusion_loss(
         raise ValueError(f"form is {form!r}, not in {FORMS}")
     if num_steps < 1 or (max_rows is not None and max_rows < 1):
         raise ValueError(f"num_steps and max_rows must be positive, got {num_steps} and {max_rows}")
+    if block is not None and (block < 1 or time_conditioned):
+        raise ValueError(
+            f"block must be positive, and blocks have no common time, got block={block} and "
+            f"time_conditioned={time_conditioned}"
+        )
     low, high = shares
     if not 0 <= low < high <= 1 or (form != "time" and (low, high) != (0, 1)):
         raise ValueError(
@@ -77,30 +90,47 @@ def masked_diffusion_loss(
     def objective(variables, batch, key):
         tokens, may_mask = tokens_of(batch)
         draw_key, row_key, dropout_key = jax.random.split(key, 3)
-        is_masked, t, weight = draw_masks(
-            draw_key, may_mask, form, schedule, num_steps, (low, high)
-        )
+        blocks = may_mask
+        if block is not None:
+            if may_mask.shape[1] % block:
+                raise ValueError(f"{may_mask.shape[1]} tokens are no whole blocks of {block}")
+            blocks = may_mask.reshape(-1, block)
+        is_masked, t, weight = draw_masks(draw_key, blocks, form, schedule, num_steps, (low, high))
+        weight = jnp.broadcast_to(weight[:, None], blocks.shape).reshape(may_mask.shape)
+        is_masked = is_masked.reshape(may_mask.shape)
         rows = chosen = None
         if max_rows is not None and max_rows < tokens.shape[1]:
             keys = jax.random.split(row_key, len(tokens))
             rows = masked.reveal_order(keys, is_masked)[:, :max_rows]
             number = jnp.sum(is_masked, axis=1)
-            weight = weight * number / jnp.maximum(jnp.minimum(number, max_rows), 1)
-            chosen = jnp.take_along_axis(is_masked, rows, axis=1)
+            scale = number / jnp.maximum(jnp.minimum(number, max_rows), 1)
+            chosen, weight = (jnp.take_along_axis(x, rows, axis=1) for x in (is_masked, weight))
+            weight = weight * scale[:, None]
+        shown = jnp.where(is_masked, mask_id, tokens)
+        options = {}
+        if block is not None:
+            length = tokens.shape[1]
+            shown = jnp.concatenate([shown, tokens], axis=1)
+            options["positions"] = jnp.tile(jnp.arange(length), 2)
+            options["mask"] = jnp.asarray(block_diffusion_mask(length, block))
+        wanted = rows
+        if block is not None and rows is None:
+            wanted = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         logits = apply(
             variables,
-            jnp.where(is_masked, mask_id, tokens),
+            shown,
             t if time_conditioned else None,
             batch.get("condition"),
-            rows=rows,
+            rows=wanted,
             train=True,
             rngs={"dropout": dropout_key},
+            **options,
         )
         targets = tokens if rows is None else jnp.take_along_axis(tokens, rows, axis=1)
         chosen = is_masked if chosen is None else chosen
         terms = jnp.where(chosen, -token_log_probabilities(logits, targets), 0)
         hits = jnp.where(chosen, jnp.argmax(logits, axis=-1) == targets, 0)
-        loss = jnp.sum(weight * jnp.sum(terms, axis=1)) / jnp.sum(may_mask)
+        loss = jnp.sum(weight * terms) / jnp.sum(may_mask)
         number = jnp.maximum(jnp.sum(chosen), 1)
         return loss, {
             "nelbo": loss,
@@ -109,6 +139,17 @@ def masked_diffusion_loss(
         }
 
     return objective
+
+
+def block_diffusion_mask(length: int, block: int) -> Bool[np.ndarray, "twice twice"]:
+    """What the tokens of [masked sequence, sequence] see, [2 length, 2 length].
+
+    A masked token sees the masked tokens of its block, and the blocks before it as they are; a
+    token of the sequence itself sees the sequence up to the end of its block.
+    """
+    number = np.arange(length) // block
+    same, earlier = number[:, None] == number, number[:, None] > number
+    return np.block([[same, earlier], [np.zeros_like(same), same | earlier]])
 
 
 def draw_masks(

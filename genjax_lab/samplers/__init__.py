@@ -11,6 +11,12 @@ from genjax_lab.samplers.base import (
     sample,
 )
 from genjax_lab.samplers.batches import sample_batches
+from genjax_lab.samplers.block_diffusion import (
+    BlockDenoiser,
+    BlockReport,
+    block_denoiser,
+    block_diffusion,
+)
 from genjax_lab.samplers.categorical import exact_categorical, logit_floor
 from genjax_lab.samplers.confidence import ConfidenceReport, confidence
 from genjax_lab.samplers.ddim import ddim
@@ -37,6 +43,8 @@ from genjax_lab.samplers.tokens import TokenDenoiser, guide_tokens, suppress_tok
 
 __all__ = [
     "AncestralReport",
+    "BlockDenoiser",
+    "BlockReport",
     "ConfidenceReport",
     "Denoiser",
     "ExampleState",
@@ -49,6 +57,8 @@ __all__ = [
     "TokenDenoiser",
     "ancestral",
     "autoguidance",
+    "block_denoiser",
+    "block_diffusion",
     "change_process",
     "classifier_free",
     "confidence",

@@ -30,6 +30,14 @@ def test_pydoc_is_the_language_reference(pydoc):
     assert not set(pydoc["train"]) & set(pydoc["test"])
 
 
+def test_kjv_is_a_million_words_of_english(tmp_path):
+    train, test = (read_documents("kjv", split, data_dir=tmp_path) for split in ("train", "test"))
+    assert len(train) == 1070 and len(test) == 119 and not set(train) & set(test)
+    assert train[0].startswith("In the beginning God created the heaven and the earth.")
+    everything = "".join(train + test)
+    assert len(everything) > 4_000_000 and not set("[]0123456789") & set(everything)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizers_give_back_their_text(kind):
     size = 300 if kind == "bpe" else None

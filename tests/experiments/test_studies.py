@@ -121,3 +121,29 @@ def test_attention_benchmark_compares_with_the_bound(tmp_path):
     (case,) = json.loads((tmp_path / "n.json").read_text())["cases"].values()
     assert all(row["speed_up"] > 0 and row["bound"] >= 1 for row in case.values())
     assert (tmp_path / "n.png").stat().st_size > 5_000
+
+
+def test_masked_diffusion_study_compares_draws(tmp_path):
+    start(
+        "studies.mdm",
+        *("--seeds=1", "--num_steps=2", "--length=8", "--num_samples=4", "--batch_size=2"),
+        *("--sampling_steps=4", "--rates=1e-2", "--draws=10"),
+        *(f"--out={tmp_path}", f"--workdir={tmp_path}/runs"),
+    )
+    result = json.loads((tmp_path / "mdm.json").read_text())
+    (model,) = result["models"]
+    assert set(model["arms"]) == {"first hitting", "exact T=4", "float32 T=4"}
+    assert all(row["nats"] > 0 and row["entropy"] > 0 for row in model["arms"].values())
+    assert result["toy"]["distance_of_perfect_model"] < 1e-12
+    assert (tmp_path / "mdm.png").stat().st_size > 10_000
+
+
+def test_draw_benchmark_compares_with_a_plain_argmax(tmp_path):
+    start(
+        "benchmarks.first_hitting",
+        *("--repeats=1", "--rows=2", "--vocabularies=50", "--length=4", "--batch_size=2"),
+        f"--out={tmp_path}/f.json",
+    )
+    result = json.loads((tmp_path / "f.json").read_text())
+    assert result["draws"][0]["over argmax"]["exact"] > 0
+    assert result["sampling"]["draws alone"]["over first hitting"]["ancestral float64"] > 0

@@ -10,16 +10,19 @@ import scipy.stats
 from tables import (
     LENGTH,
     VOCAB,
-    ancestral_law,
     apply,
     counts,
     denoiser_of,
-    distance,
-    exact_table,
-    first_hitting_law,
     random_table,
 )
 
+from genjax_lab.evaluation import (
+    ancestral_law,
+    consistent_table,
+    first_hitting_law,
+    prediction_table,
+    total_variation,
+)
 from genjax_lab.samplers import (
     ancestral,
     confidence,
@@ -59,13 +62,22 @@ def p_value(found, law):
 
 
 def test_the_law_of_a_consistent_model_is_its_joint_law(joint):
-    assert distance(first_hitting_law(exact_table(joint)), joint) < 1e-12
+    assert total_variation(first_hitting_law(consistent_table(joint)), joint) < 1e-12
+
+
+def test_a_table_can_be_read_from_a_network(table):
+    found = prediction_table(denoiser_of(table), LENGTH)
+    np.testing.assert_allclose(found, table, atol=1e-6)
+    with pytest.raises(ValueError, match="states"):
+        prediction_table(denoiser_of(table), 20)
+    with pytest.raises(ValueError, match="table"):
+        first_hitting_law(found[0])
 
 
 def test_ancestral_sampling_tends_to_first_hitting_as_one_over_the_steps(table):
     limit = first_hitting_law(table)
     errors = {
-        steps: distance(ancestral_law(table, 1 / np.arange(steps, 0, -1)), limit)
+        steps: total_variation(ancestral_law(table, 1 / np.arange(steps, 0, -1)), limit)
         for steps in (16, 32, 64)
     }
     assert errors[64] > 1e-4
@@ -113,7 +125,7 @@ def test_the_report_says_when_and_how_probable(table):
 
 def test_only_masks_are_filled_and_ragged_prompts_stop_when_all_are_done(joint):
     prompts = np.array([[1, MASK, 0, MASK], [2, 2, MASK, 0], [1, 1, 1, 1]] * 4000)
-    sampler = first_hitting(denoiser_of(exact_table(joint)), LENGTH, stop_early=True)
+    sampler = first_hitting(denoiser_of(consistent_table(joint)), LENGTH, stop_early=True)
     tokens, info = sample(sampler, jax.random.key(3), shape=prompts.shape, initial=prompts)
     tokens = np.asarray(tokens)
     np.testing.assert_array_equal(np.where(prompts == MASK, MASK, tokens), prompts)
@@ -133,12 +145,12 @@ def test_a_sample_depends_on_its_own_key_alone(table):
 
 
 def test_sweeps_mend_what_drawing_together_breaks(joint):
-    denoiser = denoiser_of(exact_table(joint))
+    denoiser = denoiser_of(consistent_table(joint))
     errors = []
     for sweeps in (0, 6):
         sampler = first_hitting(denoiser, LENGTH, tokens_per_step=2, corrector_sweeps=sweeps)
         tokens, info = sample(sampler, jax.random.key(1), shape=(20_000, LENGTH))
-        errors.append(distance(counts(tokens) / 20_000, joint))
+        errors.append(total_variation(counts(tokens) / 20_000, joint))
         assert info.num_evaluations == 2 * (1 + 2 * sweeps)
     assert errors[0] > 0.1 > 0.04 > errors[1]
 
@@ -254,7 +266,7 @@ def test_no_remasking_is_ancestral_sampling_token_by_token(table):
 def test_remasking_keeps_the_share_of_masks_and_the_law_at_every_time(joint, strategy):
     steps, number = 8, 8000
     sampler = remasking(
-        denoiser_of(exact_table(joint)), LENGTH, num_steps=steps, strategy=strategy, eta=0.5
+        denoiser_of(consistent_table(joint)), LENGTH, num_steps=steps, strategy=strategy, eta=0.5
     )
     _, info = sample(sampler, jax.random.key(0), shape=(number, LENGTH), trajectory=True)
     path = np.asarray(info.trajectory)
