@@ -1,16 +1,17 @@
-"""Masked diffusion models of text (arXiv 2409.02908): fields of their configs and their builder.
+"""Masked diffusion models of tokens (arXiv 2409.02908): fields of their configs and their builder.
 
 Beside the loop's fields (`genjax_lab.training.default_config`) a config has
 
   data        name of a TFDS data set, its splits for training and testing, the feature that is
               text, length of a sequence; tokenizer: kind of `data.learn_tokenizer`, learned from
-              the training split, and vocab_size, or path of a tokenizer.json
+              the training split, and vocab_size, or path of a tokenizer.json. Of kind "levels" the
+              feature is an image of image_shape, whose pixels are tokens 0 .. vocab_size - 1
   network     name in genjax_lab.networks and its arguments, beside vocab_size
   objective   arguments of `objectives.masked_diffusion_loss`; schedule by its name in
-              `processes.masked`
+              `processes.masked`; block: tokens of a block, for block diffusion
   optimizer   as for images
-  sampler     name in genjax_lab.samplers: first_hitting, ancestral, confidence or remasking, and
-              its arguments
+  sampler     name in genjax_lab.samplers: first_hitting, ancestral, confidence, remasking or
+              block_diffusion, and its arguments
   evaluation  num_samples, batch_size, ema, metrics of METRICS, num_draws of masks for the bound
 
 The judge of samples is a trigram model counted from the training split, which needs no weights.
@@ -28,13 +29,14 @@ import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
+from experiments import pictures
 from experiments.building import construct, default_optimizer, make_optimizer
 from genjax_lab import data, evaluation, networks, objectives, samplers
 from genjax_lab.parallel import make_mesh, process_share
 from genjax_lab.processes import masked
 from genjax_lab.training import Experiment, TrainState
 
-SAMPLERS = ("first_hitting", "ancestral", "confidence", "remasking")
+SAMPLERS = ("first_hitting", "ancestral", "confidence", "remasking", "block_diffusion")
 METRICS = ("nelbo", "perplexity", "entropy", "evaluations")
 
 # Keeps the keys of samples apart from those of training, which are children of the same seed.
@@ -64,6 +66,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "schedule": "linear",
                 "time_conditioned": False,
                 "max_rows": placeholder(int),
+                "block": placeholder(int),
             },
             "optimizer": default_optimizer(),
             "sampler": {"name": "first_hitting"},
@@ -122,10 +125,30 @@ class Text:
             fields.name, split, feature=fields.feature, data_dir=fields.get("data_dir")
         )
 
+    @property
+    def is_image(self) -> bool:
+        """Whether tokens are pixels."""
+        return self._config.data.tokenizer.kind == "levels"
+
     @functools.cache  # noqa: B019 - lives as long as the experiment
     def tokens(self, split: str) -> np.ndarray:
         """The sequences of a split."""
+        if self.is_image:
+            return self._levels(split)
         return data.to_sequences(self.tokenizer, self.documents(split), self._config.data.length)
+
+    def _levels(self, split: str) -> np.ndarray:
+        fields = self._config.data
+        tokens = data.read_levels(
+            fields.name, split, feature=fields.feature, data_dir=fields.get("data_dir")
+        )
+        size, length = fields.tokenizer.vocab_size, int(np.prod(fields.image_shape))
+        if tokens.max() >= size or tokens.shape[1] != length or fields.length != length:
+            raise ValueError(
+                f"config.data has length={fields.length}, image_shape={fields.image_shape} and "
+                f"vocab_size={size}, but images have {tokens.shape[1]} pixels up to {tokens.max()}"
+            )
+        return tokens
 
     def batches(self) -> data.Loader:
         """This process's part of the batches of the training split."""
@@ -143,7 +166,10 @@ def make_network(config: ml_collections.ConfigDict, text: Text) -> networks.Mask
     """The network of a config; its vocabulary is that of the text if the config has none."""
     fields = dict(config.network)
     if fields.get("vocab_size") is None:
-        fields["vocab_size"] = text.tokenizer.get_vocab_size()
+        tokenizer = config.data.tokenizer
+        fields["vocab_size"] = (
+            tokenizer.vocab_size if text.is_image else text.tokenizer.get_vocab_size()
+        )
     return construct(networks, fields, "network")
 
 
@@ -179,8 +205,17 @@ def sampler_of(
         fields.setdefault("schedule", config.objective.schedule)
     if isinstance(fields.get("schedule"), str):
         fields["schedule"] = schedule_of(fields["schedule"])
-    make = getattr(samplers, fields.pop("name"))
-    denoiser = samplers.token_denoiser(network.apply, variables, network.vocab_size)
+    name = fields.pop("name")
+    make, denoise = getattr(samplers, name), samplers.token_denoiser
+    if (name == "block_diffusion") != (config.objective.block is not None):
+        raise ValueError(
+            f"config.objective.block is {config.objective.block}: block_diffusion samples, and "
+            f"samples only, models of blocks, config.sampler.name is {name!r}"
+        )
+    if name == "block_diffusion":
+        fields.setdefault("block", config.objective.block)
+        denoise = samplers.block_denoiser
+    denoiser = denoise(network.apply, variables, network.vocab_size)
     try:
         return make(denoiser, config.data.length, **fields)
     except TypeError as error:
@@ -281,9 +316,19 @@ class TextJudge:
     ) -> None:
         """Writes samples: .npz as tokens, .txt or .jsonl as text, one after the other.
 
-        With `before`, samples of another model, both are there to be compared.
+        Images are written as .png or .npz. With `before`, samples of another model, both are there
+        to be compared.
         """
         path = Path(path)
+        if self._text.is_image:
+            shape = tuple(self._config.data.image_shape)
+            levels = self._network.vocab_size - 1
+            images, others = (
+                None if x is None else np.minimum(x, levels).astype(np.uint8).reshape(-1, *shape)
+                for x in (samples, before)
+            )
+            pictures.write_images(images, path, before=others, max_value=levels)
+            return
         groups = {"samples": samples} | ({} if before is None else {"before": before})
         if path.suffix == ".npz":
             np.savez(path, **groups)

@@ -15,6 +15,7 @@ from genjax_lab.data.text import (
     learn_tokenizer,
     make_token_loader,
     read_documents,
+    read_levels,
     read_tokenizer,
     to_sequences,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "prepare",
     "quantize",
     "read_documents",
+    "read_levels",
     "read_pool",
     "read_tokenizer",
     "to_sequences",

@@ -1,4 +1,4 @@
-"""Text to tokens to batches: any TFDS data set with a feature of text, one way for all.
+"""Text, or the pixels of images, to tokens to batches: any TFDS data set, one way for all.
 
     documents -> tokens, with a separator after each -> sequences of one length -> batches
 
@@ -19,7 +19,7 @@ from jaxtyping import Int
 from genjax_lab.data import prepared
 from genjax_lab.data.loader import IN_MEMORY_PREFETCH, Loader, make_order
 
-KINDS = ("word", "byte", "bpe")
+KINDS = ("word", "character", "byte", "bpe")
 SEPARATOR = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 
@@ -57,11 +57,12 @@ def learn_tokenizer(
     """A tokenizer of `SEPARATOR` and what documents are made of.
 
     Args:
-        kind: "word" takes words and single other signs, and leaves out spaces; "byte" bytes of
-            UTF-8; "bpe" the byte pairs of GPT-2, learned.
+        kind: "word" takes words and single other signs, and leaves out spaces; "character" the
+            characters that there are; "byte" bytes of UTF-8; "bpe" the byte pairs of GPT-2,
+            learned.
         documents: to learn from; "byte" needs none.
-        vocab_size: of all tokens together, for "word", where the rarer ones become `UNKNOWN`, and
-            "bpe"; None takes every word, and 8192 for "bpe".
+        vocab_size: of all tokens together, for "word" and "character", where the rarer ones become
+            `UNKNOWN`, and "bpe"; None takes every word or character, and 8192 for "bpe".
 
     Returns:
         The tokenizer; the separator has the id 0. Decoding gives back the text, but of "word",
@@ -75,7 +76,11 @@ def learn_tokenizer(
     if vocab_size is not None and (kind == "byte" or vocab_size < (258 if kind == "bpe" else 3)):
         raise ValueError(f"vocab_size={vocab_size} does not fit kind={kind!r}")
     if kind == "word":
-        return _words(documents, vocab_size)
+        return _words(documents, vocab_size, r"\w+|[^\w\s]")
+    if kind == "character":
+        tokenizer = _words(documents, vocab_size, r"[\s\S]")
+        tokenizer.decoder = tokenizers.decoders.Fuse()
+        return tokenizer
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     use_regex = kind == "bpe"
@@ -93,10 +98,11 @@ def learn_tokenizer(
     return tokenizer
 
 
-def _words(documents: Sequence[str], vocab_size: int | None) -> tokenizers.Tokenizer:
-    pattern = tokenizers.Regex(r"\w+|[^\w\s]")
+def _words(documents: Sequence[str], vocab_size: int | None, pattern: str) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "removed", invert=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(pattern), "removed", invert=True
+    )
     trainer = tokenizers.trainers.WordLevelTrainer(
         vocab_size=vocab_size or 2**31 - 1,
         special_tokens=[SEPARATOR, UNKNOWN],
@@ -119,6 +125,26 @@ def read_tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer:
     if tokenizer.token_to_id(SEPARATOR) is None:
         raise ValueError(f"the tokenizer in {os.fspath(path)!r} has no token {SEPARATOR!r}")
     return tokenizer
+
+
+def read_levels(
+    name: str, split: str, *, feature: str = "image", data_dir: prepared.DataDir = None
+) -> Int[np.ndarray, "images pixels"]:
+    """Pixels as tokens: images of a TFDS data set, row after row, channels innermost.
+
+    Raises:
+        ValueError: as `read_documents`, or if the images differ in size or are no integers.
+    """
+    builder = prepared.prepared_builder(name, data_dir)
+    if feature not in builder.info.features:
+        raise ValueError(
+            f"data set {name!r} has no feature {feature!r}, it has {list(builder.info.features)}"
+        )
+    number, read = prepared.open_split(builder, split)
+    images = [np.asarray(example[feature]) for example in read(np.arange(number))]
+    if len({image.shape for image in images}) > 1 or not np.issubdtype(images[0].dtype, np.integer):
+        raise ValueError(f"images of {name!r} differ in size or are no integers")
+    return np.stack(images).reshape(number, -1).astype(np.int32)
 
 
 def to_sequences(

@@ -287,7 +287,7 @@ def _init(denoiser, length, settings, keys, shape, condition):
     del keys
     check_sequences(shape, length)
     zeros = jnp.zeros((shape[0],), jnp.int32)
-    history = _History(zeros, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape), zeros)
+    history = _History(zeros, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32), zeros)
     sample = jnp.full(shape, denoiser.mask_id, jnp.int32)
     memory = ()
     if not (settings.time_conditioned or settings.asynchronous):
@@ -424,7 +424,7 @@ def _made(denoiser, settings, path, keys, example, logits, moves, acts=None):
         history.clock + acts,
         jnp.where(revealed, history.clock[:, None], history.revealed_at),
         log_probability,
-        jnp.where(fills & acts, jnp.sum(revealed, axis=1), history.filled),
+        jnp.where(fills & acts, jnp.sum(revealed, axis=1, dtype=jnp.int32), history.filled),
     )
     return example._replace(sample=sample, history=history)
 

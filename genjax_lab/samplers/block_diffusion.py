@@ -238,7 +238,7 @@ def _finished(settings, state):
 
 
 def _report(denoiser, settings, state):
-    lengths = jnp.full(state.sample.shape[:1], settings.length)
+    lengths = jnp.full(state.sample.shape[:1], settings.length, jnp.int32)
     if settings.end_token is not None:
         ends = state.sample == settings.end_token
         lengths = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, lengths)

@@ -71,7 +71,7 @@ def exact_categorical(
     words = jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
     counter = jnp.broadcast_to(jnp.asarray(counter).astype(jnp.uint32), (rows,))
     if floor is None:
-        floor = jnp.full((rows,), -jnp.inf)
+        floor = jnp.full((rows,), -jnp.inf, jnp.float32)
     race = {
         "xla": kernels.draw_in_jnp,
         "gpu": kernels.draw_on_gpu,
@@ -117,7 +117,7 @@ def logit_floor(
         if not isinstance(value, jax.core.Tracer) and not low <= value <= high:
             raise ValueError(f"{name} is {value}; it must be in [{low}, {high}]")
     logits = logits.astype(jnp.float32)
-    floor = jnp.full(logits.shape[:-1], -jnp.inf)
+    floor = jnp.full(logits.shape[:-1], -jnp.inf, jnp.float32)
     if top_k:
         floor = jax.lax.top_k(logits, top_k)[0][..., -1]
     if isinstance(top_p, jax.core.Tracer | jax.Array) or top_p < 1:

@@ -126,10 +126,10 @@ def _transition(denoiser, num_steps, threshold, rank, options, keys, state, logi
     example, shared = state
     history = example.history
     masked = example.sample == denoiser.mask_id
-    number = jnp.sum(masked, axis=1)
+    number = jnp.sum(masked, axis=1, dtype=jnp.int32)
     first = jnp.where(shared.step == 0, number, history.first_masks)
     pairs = jax.vmap(jax.random.split)(keys)
-    positions = jnp.broadcast_to(jnp.arange(masked.shape[1]), masked.shape)
+    positions = jnp.broadcast_to(jnp.arange(masked.shape[1], dtype=jnp.int32), masked.shape)
     draw = draw_rows(pairs[:, 0], logits, positions, options)
     score = {
         "confidence": lambda: draw.log_probability,

@@ -148,16 +148,16 @@ def _init(denoiser, length, settings, keys, shape, condition):
     earlier = ()
     if settings.extrapolate:
         earlier = (
-            jnp.zeros((batch, length, denoiser.vocab_size)),
-            jnp.full((batch,), jnp.inf),  # no call yet
+            jnp.zeros((batch, length, denoiser.vocab_size), jnp.float32),
+            jnp.full((batch,), jnp.inf, jnp.float32),  # no call yet
         )
     history = _History(
         priority >> 1,  # the largest number is free for what is not masked
         _uniforms(time_keys, settings.tokens_per_step),
-        jnp.ones((batch,)),
+        jnp.ones((batch,), jnp.float32),
         jnp.zeros((batch, settings.tokens_per_step), jnp.int32),
         jnp.full(shape, -1, jnp.int32),
-        jnp.zeros((batch,)),
+        jnp.zeros((batch,), jnp.float32),
         earlier,
     )
     sample = jnp.full(shape, denoiser.mask_id, jnp.int32)
@@ -172,7 +172,9 @@ def _split(keys):
 
 
 def _uniforms(keys, number):
-    return jax.vmap(lambda key: 1 - jax.random.uniform(key, (number,)))(keys)  # in (0, 1]
+    return jax.vmap(lambda key: 1 - jax.random.uniform(key, (number,), jnp.float32))(
+        keys
+    )  # in (0, 1]
 
 
 def _next_rows(sample, priority, mask_id, number):
@@ -186,7 +188,7 @@ def _next_rows(sample, priority, mask_id, number):
 
 def _hit_shares(history, sample, mask_id):
     """1 - alpha at the next hits, [batch, k]."""
-    masked = jnp.sum(sample == mask_id, axis=1)[:, None]
+    masked = jnp.sum(sample == mask_id, axis=1, dtype=jnp.int32)[:, None]
     left = jnp.maximum(masked - jnp.arange(history.uniform.shape[1]), 1)
     return history.share[:, None] * jnp.exp(jnp.cumsum(jnp.log(history.uniform) / left, axis=1))
 
@@ -238,7 +240,7 @@ def _transition(denoiser, settings, keys, state, logits):
     write &= draw.token < mask_id  # no token where the network gives NaN
     sample = place(example.sample, rows, draw.token, write)
     step = jnp.broadcast_to(shared.step, rows.shape)
-    used = jnp.sum(masked, axis=1)[:, None] - 1  # hits that were used
+    used = jnp.sum(masked, axis=1, dtype=jnp.int32)[:, None] - 1  # hits that were used
     last = jnp.take_along_axis(shares, jnp.maximum(used, 0), axis=1)[:, 0]
     history = history._replace(
         uniform=jnp.where(drafts, _uniforms(time_keys, settings.tokens_per_step), history.uniform),

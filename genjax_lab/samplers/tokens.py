@@ -176,4 +176,4 @@ def check_sequences(shape: tuple[int, ...], length: int | None = None) -> None:
 
 def masks_left(state: SamplerState, mask_id: int) -> Int[Array, "batch"]:
     """Tokens of each example that are masked."""
-    return jnp.sum(state.sample == mask_id, axis=1)
+    return jnp.sum(state.sample == mask_id, axis=1, dtype=jnp.int32)

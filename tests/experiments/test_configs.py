@@ -108,6 +108,29 @@ def test_full_size_train_step_keeps_its_shapes(name):
     )
 
 
+def test_full_size_text_model_has_the_size_of_its_layers_and_keeps_its_shapes():
+    config = load("openwebtext_mdm")
+    whole = jax.eval_shape(experiments.build(config).init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(whole["params"]))
+    block = 768 * (3 + 1 + 4 + 4) * 768 + 5 * 768 + 2 * 768 + 129 * 6 * 768
+    rest = (2 * 50_257 + 1) * 768 + 50_257 + 768 + 129 * 2 * 768 + 257 * 128 + 129 * 128
+    assert count == 12 * block + rest  # 169.6 million
+    config.network.depth = 1
+    experiment = experiments.build(config)
+    train = make_train_step(
+        experiment.objective,
+        experiment.optimizer,
+        batch_size=config.batch_size,
+        ema=ema_from_config(config.ema.to_dict()),
+    )
+    variables = jax.eval_shape(experiment.init, jax.random.key(0))
+    state = jax.eval_shape(train.init, variables, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, config.batch_size, config.data.length), jnp.int32)
+    after, metrics = jax.eval_shape(train.step, state, {"tokens": tokens})
+    assert metrics["nelbo"].shape == (1,)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+
+
 @pytest.mark.parametrize("name", sorted(ROUNDS))
 def test_grid_of_a_round_at_full_size_keeps_its_shapes(name):
     config, model = load(name), load_shallow(ROUNDS[name])

@@ -12,8 +12,14 @@ SMALL = {
     "01_image_diffusion": "NUM_STEPS = 100\nNUM_SAMPLES = 100\nBUDGETS = [5]\n",
     "02_ddo": "NUM_STEPS = 100\nROUND_STEPS = 50\nROUNDS = 1\nNUM_SAMPLES = 100\n",
     "03_neighborhood_attention": "GRID = (16, 16)\nWINDOWS = (8,)\nREPEATS = 1\n",
+    "04_masked_diffusion": ("NUM_STEPS = 2\nLENGTH = 16\nNUM_SAMPLES = 4\nSAMPLING_STEPS = (4,)\n"),
 }
-NUM_PICTURES = {"01_image_diffusion": 7, "02_ddo": 4, "03_neighborhood_attention": 4}
+NUM_PICTURES = {
+    "01_image_diffusion": 7,
+    "02_ddo": 4,
+    "03_neighborhood_attention": 4,
+    "04_masked_diffusion": 6,
+}
 
 
 def test_every_notebook_is_tested():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import experiments
-from configs import pydoc_mdm
+from configs import digits_mdm, pydoc_mdm
 from experiments import text
 from genjax_lab import data
 
@@ -106,6 +106,42 @@ def test_mistakes_in_a_config_are_named(restored, folder, change, message):
     with pytest.raises(ValueError, match=message):
         experiment = experiments.build(config)
         experiment.evaluate(restored[1].state, metrics=("entropy",))
+
+
+def test_models_of_blocks_are_trained_and_sampled(folder, tmp_path):
+    config = small_config(folder)
+    config.objective.block = 8
+    config.sampler = ml_collections.ConfigDict({"name": "block_diffusion", "tokens_per_step": 2})
+    experiments.run(config, str(tmp_path / "run"))
+    experiment, restored = experiments.from_checkpoint(str(tmp_path / "run"))[:2]
+    found = experiment.evaluate(restored.state, metrics=("entropy", "evaluations"))
+    assert found["evaluations"] == 2 * 5 - 1 and found["share_with_masks"] == 0
+    config.sampler = ml_collections.ConfigDict({"name": "first_hitting"})
+    with pytest.raises(ValueError, match=r"objective\.block"):
+        experiments.build(config).evaluate(restored.state, metrics=("entropy",))
+
+
+def test_pixels_are_tokens_too(folder, tmp_path):
+    config = digits_mdm.get_config()
+    config.data.data_dir = str(folder)
+    small = small_config(folder)
+    for name in ("network", "optimizer", "evaluation"):
+        config[name] = small[name]
+    config.update({"batch_size": 8, "num_steps": 2, "steps_per_call": 2, "log_every": 2})
+    config.update({"checkpoint_every": 2, "eval_every": 2, "progress": False})
+    config.tensorboard = False
+    experiments.run(config, str(tmp_path / "run"))
+    experiment, restored = experiments.from_checkpoint(str(tmp_path / "run"))[:2]
+    ((_, tokens),) = experiment.sample(restored.state, range(3))
+    assert tokens.shape == (3, 64) and tokens.max() < 17
+    experiment.write(tokens, tmp_path / "s.png", before=tokens[:1])
+    assert (tmp_path / "s.png").stat().st_size > 1000
+    experiment.write(tokens, tmp_path / "s.npz")
+    images = np.load(tmp_path / "s.npz")["images"]
+    np.testing.assert_array_equal(images.reshape(3, 64), tokens)
+    config.data.tokenizer.vocab_size = 16
+    with pytest.raises(ValueError, match="vocab_size=16"):
+        text.Text(config).tokens("train")
 
 
 def test_unknown_metrics_are_named(restored):

@@ -362,3 +362,35 @@ def test_mistakes_are_named(make, message):
 def test_another_length_is_refused(table):
     with pytest.raises(ValueError, match="shape"):
         sample(first_hitting(denoiser_of(table), LENGTH), jax.random.key(0), shape=(2, 5))
+
+
+def test_samplers_run_in_double_precision_too(table):
+    """Where JAX's default types are 64 bits wide, tokens are the same."""
+
+    def all_samples():
+        denoiser, steps = denoiser_of(table), {"num_steps": 4}
+        samplers = [
+            first_hitting(denoiser, LENGTH),
+            first_hitting(denoiser, LENGTH, tokens_per_step=2, extrapolate=True),
+            first_hitting(denoiser, LENGTH, tokens_per_step=2, corrector_sweeps=1, top_p=0.9),
+            ancestral(denoiser, LENGTH, times=np.linspace(1, 0.1, 5), **steps),
+            ancestral(denoiser, LENGTH, asynchronous=True, **steps),
+            ancestral(denoiser, LENGTH, draw="joint_float32", **steps),
+            remasking(denoiser, LENGTH, strategy="confidence", **steps),
+            confidence(denoiser, LENGTH, num_steps=2),
+        ]
+        key = jax.random.key(0)
+        return [np.asarray(sample(made, key, shape=(4, LENGTH))[0]) for made in samplers]
+
+    expected = all_samples()
+    with jax.enable_x64(True):
+        for left, right in zip(all_samples(), expected, strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def test_float64_noise_gives_the_enumerated_law(table):
+    with jax.enable_x64(True):
+        sampler = ancestral(denoiser_of(table), LENGTH, num_steps=4, draw="joint_float64")
+        tokens, _ = sample(sampler, jax.random.key(2), shape=(20_000, LENGTH))
+    law = ancestral_law(table, 1 / np.arange(4, 0, -1))
+    assert 1e-4 < p_value(counts(tokens), law) < 1 - 1e-4
