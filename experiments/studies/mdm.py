@@ -2,8 +2,8 @@
 
     python -m experiments.studies.mdm [--seeds=3] [--num_steps=1500] [--num_samples=256]
 
-Three models of Python's language reference (configs/pydoc_mdm.py) are trained without time. Each
-draws sequences by
+Three models of Python's language reference (configs/pydoc_mdm.py) are trained without time, and
+draw sequences; 4.4 minutes on an H100, most of them float32's:
 
   first hitting   a token for each call, from 64 bits of noise
   exact           ancestral sampling in T steps: whether a token is unmasked, then which one

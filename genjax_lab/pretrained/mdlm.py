@@ -1,4 +1,4 @@
-"""Weights of MDLM (arXiv 2406.07524) and of BD3-LM's networks, under their original names.
+"""Weights of MDLM (arXiv 2406.07524), BD3-LM and SEDD, under their original names.
 
     state = mdlm.read_state_dict("model.safetensors")
     network, variables = mdlm.from_state_dict(state, {"num_heads": 12})
@@ -7,6 +7,11 @@ Names may begin with "backbone.". The embedding has a row for each of V tokens a
 the mask; so has the last layer, whose mask is dropped, since the mask is never predicted. Linear
 layers turn from [out, in] to [in, out], nothing else changes. Models that were trained without time
 are told sigma = 0, as `MaskedTransformer` is told without `t`.
+
+SEDD's absorbing models (arXiv 2310.16834) have the same network under the same names and are told
+the time. They are trained to give the logarithms of scores, s_v = p_v / (e^sigma - 1) for token v,
+after taking log(e^sigma - 1) + log V off the last layer: so that layer is log p up to a constant,
+and is read as the logits that it is here. The published noise is log-linear with eps = 1e-3.
 """
 
 import re

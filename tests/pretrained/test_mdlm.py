@@ -36,6 +36,26 @@ def test_outputs_agree_with_the_equations(t):
     np.testing.assert_allclose(found, expected[..., :-1], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.oracle
+def test_scores_of_sedd_are_ratios_of_predicted_probabilities():
+    torch = pytest.importorskip("torch", reason="run `make oracles` for comparisons with PyTorch")
+    from oracles.mdlm_twin import Network
+
+    state = random_state(prefix="")
+    twin = Network(ROWS, WIDTH, condition=CONDITION)
+    twin.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
+    t = 0.6
+    sigma = torch.full((2,), -np.log1p(-(1 - 1e-3) * t))
+    with torch.no_grad():
+        raw = twin(torch.from_numpy(TOKENS), sigma)
+    log_score = raw - torch.log(torch.expm1(sigma))[:, None, None] - np.log(ROWS - 1)
+    network, variables = mdlm.from_state_dict(state, {"num_heads": 4})
+    logits = network.apply(variables, jnp.asarray(TOKENS, jnp.int32), jnp.full(2, t))
+    log_p = np.asarray(logits) - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    ratio = log_score.numpy()[..., :-1] - log_p
+    np.testing.assert_allclose(ratio - ratio[..., :1], 0, atol=1e-4)
+
+
 def test_files_are_read_with_or_without_prefix(tmp_path):
     state = random_state(depth=1, prefix="")
     save_file(state, tmp_path / "model.safetensors")
