@@ -1,6 +1,8 @@
 """Handwritten digits, pixel by pixel: masked diffusion of image tokens (arXiv 2409.02908).
 
 python -m experiments.train --config=configs/digits_mdm.py --workdir=runs/digits_mdm
+
+Not run to its end by us.
 """
 
 import ml_collections

@@ -1,6 +1,8 @@
 """The King James Bible, word by word: masked diffusion without time (arXiv 2409.02908).
 
 python -m experiments.train --config=configs/kjv_mdm.py --workdir=runs/kjv_mdm
+
+Not run to its end by us.
 """
 
 import ml_collections

@@ -1,6 +1,8 @@
 """Python's language reference in blocks of eight words: block diffusion (arXiv 2503.09573).
 
 python -m experiments.train --config=configs/pydoc_block.py --workdir=runs/pydoc_block
+
+Not run to its end by us.
 """
 
 import ml_collections

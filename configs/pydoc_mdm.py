@@ -3,8 +3,7 @@
 python -m experiments.train --config=configs/pydoc_mdm.py --workdir=runs/pydoc_mdm
 
 Held-out bound of 3.46 to 3.51 nats a word (six runs of `experiments.studies.mdm`; their numbers are
-in mdm.json and mdm_quality.json). Seconds on an
-H100.
+in mdm.json and mdm_quality.json).
 """
 
 import ml_collections

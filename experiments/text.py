@@ -165,11 +165,17 @@ class Text:
 def make_network(config: ml_collections.ConfigDict, text: Text) -> networks.MaskedTransformer:
     """The network of a config; its vocabulary is that of the text if the config has none."""
     fields = dict(config.network)
+    if text.is_image:
+        levels = config.data.tokenizer.get("vocab_size")
+        if levels is None or not 1 < levels <= 256 or fields.get("vocab_size", levels) != levels:
+            raise ValueError(
+                f"config.data.tokenizer.vocab_size is {levels}; it must be the number of levels of "
+                f"pixels, at most 256, and config.network.vocab_size, which is "
+                f"{fields.get('vocab_size')}, none or the same"
+            )
+        fields["vocab_size"] = levels
     if fields.get("vocab_size") is None:
-        tokenizer = config.data.tokenizer
-        fields["vocab_size"] = (
-            tokenizer.vocab_size if text.is_image else text.tokenizer.get_vocab_size()
-        )
+        fields["vocab_size"] = text.tokenizer.get_vocab_size()
     return construct(networks, fields, "network")
 
 
@@ -207,13 +213,14 @@ def sampler_of(
         fields["schedule"] = schedule_of(fields["schedule"])
     name = fields.pop("name")
     make, denoise = getattr(samplers, name), samplers.token_denoiser
-    if (name == "block_diffusion") != (config.objective.block is not None):
+    block = config.objective.get("block")  # older runs have none
+    if (name == "block_diffusion") != (block is not None):
         raise ValueError(
-            f"config.objective.block is {config.objective.block}: block_diffusion samples, and "
-            f"samples only, models of blocks, config.sampler.name is {name!r}"
+            f"config.objective.block is {block}: block_diffusion samples, and samples only, models "
+            f"of blocks; config.sampler.name is {name!r}"
         )
     if name == "block_diffusion":
-        fields.setdefault("block", config.objective.block)
+        fields.setdefault("block", block)
         denoise = samplers.block_denoiser
     denoiser = denoise(network.apply, variables, network.vocab_size)
     try:

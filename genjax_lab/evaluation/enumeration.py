@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from genjax_lab.samplers.tokens import TokenDenoiser
 
-_MOST_STATES = 1_000_000
+_MOST_NUMBERS = 20_000_000  # of a table
 
 
 def prediction_table(
@@ -24,7 +24,7 @@ def prediction_table(
     """What a network that is not told the time predicts in every state.
 
     Args:
-        denoiser: of a vocabulary V; (V + 1)^length is at most a million.
+        denoiser: of a vocabulary V; the table has at most twenty million numbers.
         length: tokens of a sequence.
 
     Returns:
@@ -35,7 +35,7 @@ def prediction_table(
         ValueError: if there are too many states, or a prediction is not finite.
     """
     vocabulary = denoiser.vocab_size
-    if length < 1 or (vocabulary + 1) ** length > _MOST_STATES:
+    if length < 1 or (vocabulary + 1) ** length * length * vocabulary > _MOST_NUMBERS:
         raise ValueError(
             f"{length} tokens of a vocabulary of {vocabulary} have too many states, or none"
         )
@@ -54,10 +54,17 @@ def prediction_table(
 def consistent_table(
     joint: Float[np.ndarray, "*sequence"],
 ) -> Float[np.ndarray, "*states length vocabulary"]:
-    """The predictions of a perfect model of a joint law, [V, ..., V], of positive numbers."""
-    length, vocabulary = joint.ndim, len(joint)
-    if joint.shape != (vocabulary,) * length or not np.all(joint > 0):
-        raise ValueError(f"joint must be positive and [V, ..., V], got {joint.shape}")
+    """The predictions of a perfect model of a joint law, [V, ..., V], of positive numbers.
+
+    Raises:
+        ValueError: if the law has another shape, or a number is not positive and finite.
+    """
+    joint = np.asarray(joint)
+    length, vocabulary = joint.ndim, len(joint) if joint.ndim else 0
+    if not length or joint.shape != (vocabulary,) * length:
+        raise ValueError(f"joint must be [V, ..., V], got {joint.shape}")
+    if not np.all((joint > 0) & np.isfinite(joint)):
+        raise ValueError("joint must be positive and finite")
     table = np.zeros((vocabulary + 1,) * length + (length, vocabulary))
     for state in itertools.product(range(vocabulary + 1), repeat=length):
         law = joint[tuple(slice(None) if token == vocabulary else token for token in state)]
@@ -77,6 +84,9 @@ def first_hitting_law(
     """Law [V, ..., V] of sequences that are unmasked one token after the other in random order.
 
     It is that of ancestral sampling in infinitely many steps (arXiv 2409.02908).
+
+    Raises:
+        ValueError: if the table has another shape, or a number is not finite.
     """
     length, vocabulary = _shape_of(table)
     weights = {(vocabulary,) * length: 1.0}
@@ -103,8 +113,13 @@ def ancestral_law(
         reveals: probability that a masked token is unmasked, of each step: 1 / T, 1 / (T - 1), ...,
             1 for T even steps of the linear schedule. What is masked in the end is left out of the
             law, whose sum is then smaller than 1.
+
+    Raises:
+        ValueError: as `first_hitting_law`, or if a probability is not in [0, 1].
     """
     length, vocabulary = _shape_of(table)
+    if not all(0 <= reveal <= 1 for reveal in reveals):
+        raise ValueError(f"reveals must be probabilities, got {list(reveals)}")
     weights = {(vocabulary,) * length: 1.0}
     for reveal in reveals:
         following: dict[tuple[int, ...], float] = {}
@@ -125,7 +140,13 @@ def ancestral_law(
 
 
 def total_variation(left: np.ndarray, right: np.ndarray) -> float:
-    """Half the sum of the absolute differences of two laws."""
+    """Half the sum of the absolute differences of two laws.
+
+    Raises:
+        ValueError: if their shapes differ.
+    """
+    if np.shape(left) != np.shape(right):
+        raise ValueError(f"laws have different shapes, {np.shape(left)} and {np.shape(right)}")
     return 0.5 * float(np.abs(left - right).sum())
 
 
@@ -133,6 +154,8 @@ def _shape_of(table: np.ndarray) -> tuple[int, int]:
     length, vocabulary = np.shape(table)[-2:]
     if np.shape(table) != (vocabulary + 1,) * length + (length, vocabulary):
         raise ValueError(f"a table is [V + 1, ..., V + 1, length, V], got {np.shape(table)}")
+    if not np.all(np.isfinite(table)):
+        raise ValueError("the table is not finite")
     return length, vocabulary
 
 

@@ -94,10 +94,16 @@ def masked_diffusion_loss(
         if block is not None:
             if may_mask.shape[1] % block:
                 raise ValueError(f"{may_mask.shape[1]} tokens are no whole blocks of {block}")
-            blocks = may_mask.reshape(-1, block)
+            # The first blocks of all sequences, then the second: counts that are spread evenly
+            # over all are then so over the blocks of a sequence, too.
+            blocks = may_mask.reshape(len(tokens), -1, block).swapaxes(0, 1).reshape(-1, block)
         is_masked, t, weight = draw_masks(draw_key, blocks, form, schedule, num_steps, (low, high))
-        weight = jnp.broadcast_to(weight[:, None], blocks.shape).reshape(may_mask.shape)
-        is_masked = is_masked.reshape(may_mask.shape)
+        weight = jnp.broadcast_to(weight[:, None], blocks.shape)
+        if block is not None:
+            is_masked, weight = (
+                x.reshape(-1, len(tokens), block).swapaxes(0, 1).reshape(may_mask.shape)
+                for x in (is_masked, weight)
+            )
         rows = chosen = None
         if max_rows is not None and max_rows < tokens.shape[1]:
             keys = jax.random.split(row_key, len(tokens))

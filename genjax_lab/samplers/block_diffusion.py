@@ -44,7 +44,7 @@ class BlockReport(NamedTuple):
 
     Attributes:
         revealed_at: [batch, length], the step after which a token stood; -1 where none was drawn.
-        lengths: [batch], tokens up to the one that ends the sequence, with it.
+        lengths: [batch], tokens up to the drawn one that ends the sequence, with it.
         masks_left: [batch], tokens that are masked still: 0 but for networks that give NaN.
     """
 
@@ -129,9 +129,9 @@ def block_diffusion(
         block: tokens of a block.
         tokens_per_step: tokens of each sequence that are drawn from one prediction.
         temperature, top_k, top_p, min_p: of the tokens, see `exact_categorical` and `logit_floor`.
-        end_token: ends a sequence: when a block that has it is finished, all tokens behind the
-            first one become it, and when all sequences have ended no more blocks are drawn. There
-            is then no trajectory.
+        end_token: ends a sequence when it is drawn, not where it stands from the first: when its
+            block is finished, all drawn and masked tokens behind it become it, and when all
+            sequences have ended no more blocks are drawn. There is then no trajectory.
 
     Raises:
         ValueError: if a number is out of range; in sampling, if the shape is another.
@@ -221,26 +221,33 @@ def _transition(denoiser, settings, keys, state, logits):
     write = jnp.take_along_axis(example.sample, positions, axis=1) == denoiser.mask_id
     write &= ~keeps & (draw.token < denoiser.mask_id)  # no token where the network gives NaN
     sample = place(example.sample, positions, draw.token, write)
+    step = jnp.broadcast_to(shared.step, positions.shape)
+    history = history._replace(revealed_at=place(history.revealed_at, positions, step, write))
+    example = example._replace(sample=sample, history=history)
     if settings.end_token is not None:
         last = shared.step % settings.calls == settings.calls - 2
-        ended = jnp.cumsum(sample == settings.end_token, axis=1) > 0
-        sample = jnp.where(last & ended, settings.end_token, sample)
-    step = jnp.broadcast_to(shared.step, positions.shape)
-    revealed_at = place(history.revealed_at, positions, step, write)
-    history = history._replace(revealed_at=revealed_at)
-    return SamplerState(example._replace(sample=sample, history=history), shared)
+        ended = jnp.cumsum(_ends(settings, example), axis=1) > 0
+        ours = (history.revealed_at >= 0) | (sample == denoiser.mask_id)
+        sample = jnp.where(last & ended & ours, settings.end_token, sample)
+        example = example._replace(sample=sample)
+    return SamplerState(example, shared)
+
+
+def _ends(settings, example):
+    """Which tokens end a sequence, [batch, length]; tokens that stood from the first do not."""
+    return (example.sample == settings.end_token) & (example.history.revealed_at >= 0)
 
 
 def _finished(settings, state):
     """All sequences have ended, and their blocks are whole."""
     whole = state.shared.step % settings.calls == settings.calls - 1
-    return whole & jnp.all(jnp.any(state.sample == settings.end_token, axis=1))
+    return whole & jnp.all(jnp.any(_ends(settings, state.example), axis=1))
 
 
 def _report(denoiser, settings, state):
     lengths = jnp.full(state.sample.shape[:1], settings.length, jnp.int32)
     if settings.end_token is not None:
-        ends = state.sample == settings.end_token
+        ends = _ends(settings, state.example)
         lengths = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, lengths)
     return BlockReport(
         state.example.history.revealed_at, lengths, masks_left(state, denoiser.mask_id)

@@ -142,6 +142,22 @@ def test_pixels_are_tokens_too(folder, tmp_path):
     config.data.tokenizer.vocab_size = 16
     with pytest.raises(ValueError, match="vocab_size=16"):
         text.Text(config).tokens("train")
+    for size in (None, 300):
+        config.data.tokenizer.vocab_size = size
+        with pytest.raises(ValueError, match="number of levels"):
+            experiments.build(config)
+    config.data.tokenizer.vocab_size = 17
+    config.network = config.network.to_dict() | {"vocab_size": 10}
+    with pytest.raises(ValueError, match="number of levels"):
+        experiments.build(config)
+
+
+def test_runs_from_before_there_were_blocks_are_sampled(restored, folder):
+    config = small_config(folder)
+    with config.unlocked():
+        del config.objective.block
+    found = experiments.build(config).evaluate(restored[1].state, metrics=("evaluations",))
+    assert found["evaluations"] == 16
 
 
 def test_unknown_metrics_are_named(restored):

@@ -140,6 +140,42 @@ def test_sequences_end_early_and_calls_are_saved():
         sample(sampler, jax.random.key(0), shape=(1, length), trajectory=True)
 
 
+def test_end_tokens_of_a_prompt_end_nothing():
+    end, block, length = 2, 4, 12
+
+    def predict(tokens, start, past, rows):
+        """The second block ends the sequence."""
+        wins = jnp.where(start >= block, end, 0)
+        logits = jnp.where(jnp.arange(VOCAB) == wins, 30.0, 0.0)
+        shape = (*rows.shape, VOCAB)
+        return jnp.broadcast_to(logits, shape), (jnp.zeros((*tokens.shape, 1)),)
+
+    sampler = block_diffusion(BlockDenoiser(predict, VOCAB), length, block=block, end_token=end)
+    initial = np.full((2, length), VOCAB)
+    initial[0, [0, 1]] = (end, 1)  # begins with the separator
+    initial[1, [9, 10]] = (end, 1)  # stands in a later block
+    tokens, info = sample(sampler, jax.random.key(0), shape=(2, length), initial=initial)
+    np.testing.assert_array_equal(tokens[0], [end, 1, 0, 0] + [end] * 8)
+    np.testing.assert_array_equal(tokens[1], [0] * 4 + [end] * 6 + [1, end])
+    np.testing.assert_array_equal(info.report.lengths, [5, 5])
+    assert not np.any(info.report.masks_left)
+
+
+def test_counts_are_spread_over_the_blocks_of_a_sequence():
+    """All blocks of a sequence with nearly the same count would be a noisier loss."""
+    seen = []
+
+    def apply(variables, tokens, t, condition, *, rows, **options):
+        seen.append(np.asarray(tokens[:, :64]) == VOCAB)
+        return jnp.zeros((*rows.shape, VOCAB))
+
+    tokens = np.zeros((16, 64), int)
+    masked_diffusion_loss(apply, VOCAB, block=4)({}, {"tokens": tokens}, jax.random.key(0))
+    counts = seen[0].reshape(16, 16, 4).sum(axis=-1)
+    np.testing.assert_array_equal(np.bincount(counts.ravel()), [0, 64, 64, 64, 64])
+    assert np.std(counts.sum(axis=1)) < 8  # 18 if all of a sequence were equal
+
+
 def test_who_sees_whom():
     length, block = 6, 2
     mask = block_diffusion_mask(length, block)

@@ -70,8 +70,24 @@ def test_a_table_can_be_read_from_a_network(table):
     np.testing.assert_allclose(found, table, atol=1e-6)
     with pytest.raises(ValueError, match="states"):
         prediction_table(denoiser_of(table), 20)
-    with pytest.raises(ValueError, match="table"):
-        first_hitting_law(found[0])
+    with pytest.raises(ValueError, match="states"):
+        prediction_table(denoiser_of(table)._replace(vocab_size=999), 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda table: first_hitting_law(table[0]), "a table is"),
+        (lambda table: first_hitting_law(table * np.nan), "not finite"),
+        (lambda table: ancestral_law(table, [1.5]), "reveals"),
+        (lambda table: total_variation(np.ones(3), np.ones((3, 3))), "shapes"),
+        (lambda table: consistent_table(np.array(1.0)), "joint"),
+        (lambda table: consistent_table(np.zeros((2, 2))), "positive"),
+    ],
+)
+def test_what_is_no_law_is_refused(table, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(table)
 
 
 def test_ancestral_sampling_tends_to_first_hitting_as_one_over_the_steps(table):
