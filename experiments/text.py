@@ -29,7 +29,6 @@ import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
-from experiments import pictures
 from experiments.building import construct, default_optimizer, make_optimizer
 from genjax_lab import data, evaluation, networks, objectives, samplers
 from genjax_lab.parallel import make_mesh, process_share
@@ -328,6 +327,8 @@ class TextJudge:
         """
         path = Path(path)
         if self._text.is_image:
+            from experiments import pictures  # it chooses how matplotlib draws
+
             shape = tuple(self._config.data.image_shape)
             levels = self._network.vocab_size - 1
             images, others = (

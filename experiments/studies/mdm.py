@@ -228,7 +228,7 @@ def contrast(runs: list[dict[str, Any]], one: str, other: str, field: str) -> di
     return {
         "difference": round(a - b, 4),
         "standard_error": round(error, 4),
-        "standard_errors": round((a - b) / error, 2),
+        "standard_errors": round((a - b) / error, 2) if error else math.nan,
     }
 
 
