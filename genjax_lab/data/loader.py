@@ -9,8 +9,10 @@ gather. Both give the same batches. Every batch is a function of (data, seed, st
 state is the number of the next step, whatever was being prefetched and on however many processes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -29,6 +31,7 @@ Read = Callable[[Int64[np.ndarray, "batch"]], Batch]
 
 # Decoded images up to this size are kept in memory unless the caller says otherwise.
 IN_MEMORY_BYTES = 256 * 2**20
+_SHARED_BYTES = 16 * 2**20  # decoded images up to this size are kept for other loaders, too
 
 
 class Prefetch(NamedTuple):
@@ -279,7 +282,11 @@ def make_loader(
     if in_memory is None:
         in_memory = num_examples * image.nbytes <= IN_MEMORY_BYTES
     if in_memory:
-        read = _gather(_read_all(read, num_examples))
+        if preprocess is None and num_examples * image.nbytes <= _SHARED_BYTES:
+            arrays = _decoded_split(name, data_dir, split, _files_of(builder.data_path))
+        else:
+            arrays = _read_all(read, num_examples)
+        read = _gather(arrays)
     if prefetch is None:
         prefetch = IN_MEMORY_PREFETCH if in_memory else STREAMING_PREFETCH
     info = info._replace(image_shape=image.shape[1:])
@@ -402,6 +409,24 @@ def _read_all(read: Read, num_examples: int, chunk: int = 1024) -> Batch:
         for part in range(math.ceil(num_examples / chunk))
     ]
     return {key: np.concatenate([part[key] for part in chunks]) for key in chunks[0]}
+
+
+def _files_of(directory: Any) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files that a data set consists of."""
+    stats = [(path.name, path.stat()) for path in Path(directory).iterdir()]
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+@functools.lru_cache(maxsize=8)
+def _decoded_split(name: str, data_dir: prepared.DataDir, split: str, files: tuple) -> Batch:
+    """The arrays of a small split, decoded once for all loaders as long as its files stay."""
+    del files
+    builder = prepared.prepared_builder(name, data_dir)
+    info = prepared.describe(builder)
+    num_examples, read_examples = prepared.open_split(builder, split)
+    return _read_all(
+        lambda indices: collect_examples(read_examples(indices), indices, info, None), num_examples
+    )
 
 
 def _gather(arrays: Batch) -> Read:

@@ -1,6 +1,7 @@
 """The input pipeline: same batches however they are read, split over processes, or resumed."""
 
 import functools
+import importlib
 import itertools
 import json
 
@@ -75,6 +76,20 @@ def test_digits_fit_in_memory_and_are_kept_there(digits, monkeypatch):
     next(loader)
     with pytest.raises(BaseException, match="read from disk"):
         digits(in_memory=False)
+
+
+def test_small_splits_are_decoded_once_as_long_as_their_files_stay(digits, monkeypatch):
+    loader_module = importlib.import_module("genjax_lab.data.loader")
+    loader_module._decoded_split.cache_clear()
+    first, second = digits(), digits(seed=1)
+    assert loader_module._decoded_split.cache_info().misses == 1
+    batch = next(first)
+    batch["image"][:] = 0  # a batch is the caller's own
+    assert np.any(next(second)["image"]) and np.any(digits()[0]["image"])
+    files = loader_module._files_of
+    monkeypatch.setattr(loader_module, "_files_of", lambda path: (*files(path), ("new", 1, 1)))
+    digits()
+    assert loader_module._decoded_split.cache_info().misses == 2
 
 
 @pytest.mark.parametrize("shard_count", [1, 2, 4])
