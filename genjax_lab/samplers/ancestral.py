@@ -37,6 +37,7 @@ from genjax_lab.samplers.tokens import (
     draw_rows,
     masks_left,
     place,
+    split_keys,
 )
 
 DRAWS = ("two_stage", "joint", "joint_float32", "joint_float64")
@@ -323,7 +324,7 @@ def _predict(denoiser, settings, path, state):
 
 def _transition(denoiser, settings, path, keys, state, logits):
     example, shared = state
-    move_keys, draw_keys = _pairs(keys)
+    move_keys, draw_keys = split_keys(keys)
     moves = _moves(denoiser, settings, path, move_keys, example)
     new = _made(denoiser, settings, path, draw_keys, example, logits, moves)
     if not settings.time_conditioned:
@@ -336,7 +337,7 @@ def _until_change(denoiser, settings, path, keys, state, logits):
     """Steps of every example until one of its tokens changes."""
 
     def keys_of(example):
-        return _pairs(jax.vmap(jax.random.fold_in)(keys, example.history.clock))
+        return split_keys(jax.vmap(jax.random.fold_in)(keys, example.history.clock))
 
     def wait(carry):
         """Until a token is to be drawn: which it is, has no part in that."""
@@ -427,11 +428,6 @@ def _made(denoiser, settings, path, keys, example, logits, moves, acts=None):
         jnp.where(fills & acts, jnp.sum(revealed, axis=1, dtype=jnp.int32), history.filled),
     )
     return example._replace(sample=sample, history=history)
-
-
-def _pairs(keys):
-    pairs = jax.vmap(jax.random.split)(keys)
-    return pairs[:, 0], pairs[:, 1]
 
 
 def _happens(keys, probability):

@@ -17,7 +17,14 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 from genjax_lab.samplers.base import ExampleState, Sampler, SamplerState, SharedState
-from genjax_lab.samplers.tokens import DrawOptions, check_sequences, draw_rows, masks_left, place
+from genjax_lab.samplers.tokens import (
+    DrawOptions,
+    check_sequences,
+    draw_rows,
+    masks_left,
+    place,
+    split_keys,
+)
 
 
 class BlockDenoiser(NamedTuple):
@@ -160,7 +167,7 @@ def _init(denoiser, settings, keys, shape, condition):
     check_sequences(shape, settings.length)
     if condition is not None:
         raise ValueError("block diffusion has no condition, got one")
-    order_keys, _ = _split(keys)
+    order_keys, _ = split_keys(keys)
     batch = shape[0]
     bits = jax.vmap(lambda key: jax.random.bits(key, (settings.length,), jnp.uint32))(order_keys)
     rows = jnp.zeros((batch, settings.tokens_per_step), jnp.int32)
@@ -174,11 +181,6 @@ def _init(denoiser, settings, keys, shape, condition):
     return SamplerState(
         ExampleState(sample, None, history), SharedState(jnp.int32(0), (), jnp.int32(0))
     )
-
-
-def _split(keys):
-    pairs = jax.vmap(jax.random.split)(keys)
-    return pairs[:, 0], pairs[:, 1]
 
 
 def _place_of(settings, shared):
@@ -199,13 +201,12 @@ def _predict(denoiser, settings, state):
     order = jnp.where(tokens == denoiser.mask_id, priority, jnp.uint32(2**32 - 1))
     rows = jax.lax.top_k(~order, settings.tokens_per_step)[1].astype(jnp.int32)
     logits, own = denoiser.predict(tokens, start, history.cache, rows)
-    cache = jax.tree.map(
-        lambda whole, part: jnp.where(
-            keeps, jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1), whole
-        ),
-        history.cache,
-        own,
-    )
+
+    def kept(whole, part):  # in place: only the block is written
+        part = jnp.where(keeps, part, _block_of(settings, whole, start))
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
+
+    cache = jax.tree.map(kept, history.cache, own)
     shared = shared._replace(evaluations=shared.evaluations + 1)
     example = example._replace(history=history._replace(rows=rows, cache=cache))
     return logits, SamplerState(example, shared)
@@ -215,7 +216,7 @@ def _transition(denoiser, settings, keys, state, logits):
     example, shared = state
     history = example.history
     start, keeps = _place_of(settings, shared)
-    draw_keys, _ = _split(keys)
+    draw_keys, _ = split_keys(keys)
     positions = start + history.rows
     draw = draw_rows(draw_keys, logits, positions, settings.options)
     write = jnp.take_along_axis(example.sample, positions, axis=1) == denoiser.mask_id

@@ -28,6 +28,7 @@ from genjax_lab.samplers.tokens import (
     check_sequences,
     draw_rows,
     masks_left,
+    split_keys,
 )
 
 RANKS = ("confidence", "margin", "entropy", "random")
@@ -128,15 +129,15 @@ def _transition(denoiser, num_steps, threshold, rank, options, keys, state, logi
     masked = example.sample == denoiser.mask_id
     number = jnp.sum(masked, axis=1, dtype=jnp.int32)
     first = jnp.where(shared.step == 0, number, history.first_masks)
-    pairs = jax.vmap(jax.random.split)(keys)
+    draw_keys, rank_keys = split_keys(keys)
     positions = jnp.broadcast_to(jnp.arange(masked.shape[1], dtype=jnp.int32), masked.shape)
-    draw = draw_rows(pairs[:, 0], logits, positions, options)
+    draw = draw_rows(draw_keys, logits, positions, options)
     score = {
         "confidence": lambda: draw.log_probability,
         "margin": lambda: draw.margin,
         "entropy": lambda: -draw.entropy,
         "random": lambda: jax.vmap(lambda key: jax.random.uniform(key, masked.shape[1:]))(
-            pairs[:, 1]
+            rank_keys
         ),
     }[rank]()
     score = jnp.where(masked, score, -jnp.inf)

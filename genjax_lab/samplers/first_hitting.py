@@ -34,6 +34,7 @@ from genjax_lab.samplers.tokens import (
     draw_rows,
     masks_left,
     place,
+    split_keys,
 )
 
 
@@ -142,7 +143,7 @@ def first_hitting(
 
 def _init(denoiser, length, settings, keys, shape, condition):
     check_sequences(shape, length)
-    order_keys, time_keys = _split(keys)
+    order_keys, time_keys = split_keys(keys)
     batch = shape[0]
     priority = jax.vmap(lambda key: jax.random.bits(key, (length,), jnp.uint32))(order_keys)
     earlier = ()
@@ -164,11 +165,6 @@ def _init(denoiser, length, settings, keys, shape, condition):
     return SamplerState(
         ExampleState(sample, condition, history), SharedState(jnp.int32(0), (), jnp.int32(0))
     )
-
-
-def _split(keys):
-    pairs = jax.vmap(jax.random.split)(keys)
-    return pairs[:, 0], pairs[:, 1]
 
 
 def _uniforms(keys, number):
@@ -222,7 +218,7 @@ def _predict(denoiser, settings, state):
 def _transition(denoiser, settings, keys, state, logits):
     example, shared = state
     history, mask_id = example.history, denoiser.mask_id
-    draw_keys, time_keys = _split(keys)
+    draw_keys, time_keys = split_keys(keys)
     number = shared.step % settings.calls
     drafts = number == 0
     rows = history.rows

@@ -155,6 +155,12 @@ def draw_rows(
     return Draw(*(field.reshape(batch, rows) for field in draw))
 
 
+def split_keys(keys: Key[Array, "batch"]) -> tuple[Key[Array, "batch"], Key[Array, "batch"]]:
+    """Two independent keys for each example."""
+    pairs = jax.vmap(jax.random.split)(keys)
+    return pairs[:, 0], pairs[:, 1]
+
+
 def place(
     tokens: Int[Array, "batch length"],
     positions: Int[Array, "batch rows"],
