@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from genjax_lab.attention import AttentionFunction, dense_attention
 from genjax_lab.networks.embeddings import positional_embedding
+from genjax_lab.networks.rotary import rotary_angles, rotate
 
 Cache = tuple[Float[Array, "depth batch past heads head_dim"], ...]
 _FREQUENCIES = 256
@@ -202,22 +203,6 @@ class MaskedBlock(nn.Module):
         if mask is None and past is None:
             return self.attention(query, key, value)
         return jax.nn.dot_product_attention(query, key, value, mask=mask)
-
-
-def rotary_angles(positions: Int[Array, "length"], head_dim: int) -> Float[Array, "length half"]:
-    """Angles by which pairs of features are rotated (arXiv 2104.09864), base 10,000."""
-    frequencies = 10_000.0 ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions.astype(jnp.float32)[:, None] * frequencies
-
-
-def rotate(
-    x: Float[Array, "batch length heads head_dim"], angles: Float[Array, "length half"]
-) -> Float[Array, "batch length heads head_dim"]:
-    """Rotates the pairs (i, i + head_dim / 2) of features, in float32."""
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cosine, sine = (f(angles)[None, :, None] for f in (jnp.cos, jnp.sin))
-    rotated = [left * cosine - right * sine, right * cosine + left * sine]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def _norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:

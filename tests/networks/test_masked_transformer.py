@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from genjax_lab.networks import MaskedTransformer
-from genjax_lab.networks.masked_transformer import rotary_angles, rotate
+from genjax_lab.networks.rotary import rotary_angles, rotate
 
 VOCAB, LENGTH = 11, 8
 TOKENS = np.random.default_rng(0).integers(0, VOCAB + 1, (2, LENGTH)).astype(np.int32)
