@@ -1,5 +1,6 @@
 """Networks as flax linen modules: U-Nets, transformers, tokenizers; attention is a function."""
 
+from genjax_lab.networks.decoder import Decoder, stacked, unstacked
 from genjax_lab.networks.dhariwal_unet import DhariwalUNet, adm_imagenet64
 from genjax_lab.networks.discriminator import Discriminator
 from genjax_lab.networks.dit import DiT, dit_imagenet
@@ -22,6 +23,7 @@ from genjax_lab.networks.vqvae import var_tokenizer
 
 __all__ = [
     "VAR",
+    "Decoder",
     "DhariwalUNet",
     "DiT",
     "Discriminator",
@@ -45,8 +47,10 @@ __all__ = [
     "ncsnpp_cifar10",
     "normalize_weights",
     "quantizer_of",
+    "stacked",
     "teacher_forced",
     "token_counts",
+    "unstacked",
     "update_usage",
     "used_fraction",
     "var_imagenet",

@@ -1,6 +1,14 @@
 """How a sample is drawn: the `Sampler` contract, its compiled loop, and one file per method."""
 
 from genjax_lab.samplers.ancestral import AncestralReport, ancestral, remasking
+from genjax_lab.samplers.autoregressive import (
+    AnswerReport,
+    Generation,
+    TokenDecoder,
+    autoregressive,
+    generate,
+    token_decoder,
+)
 from genjax_lab.samplers.base import (
     Denoiser,
     ExampleState,
@@ -39,24 +47,35 @@ from genjax_lab.samplers.model_statistics import (
 )
 from genjax_lab.samplers.next_scale import next_scale
 from genjax_lab.samplers.schedules import time_steps
-from genjax_lab.samplers.tokens import TokenDenoiser, guide_tokens, suppress_tokens, token_denoiser
+from genjax_lab.samplers.tokens import (
+    DrawOptions,
+    TokenDenoiser,
+    guide_tokens,
+    suppress_tokens,
+    token_denoiser,
+)
 
 __all__ = [
     "AncestralReport",
+    "AnswerReport",
     "BlockDenoiser",
     "BlockReport",
     "ConfidenceReport",
     "Denoiser",
+    "DrawOptions",
     "ExampleState",
     "FirstHittingReport",
+    "Generation",
     "ModelStatistics",
     "SampleInfo",
     "Sampler",
     "SamplerState",
     "SharedState",
+    "TokenDecoder",
     "TokenDenoiser",
     "ancestral",
     "autoguidance",
+    "autoregressive",
     "block_denoiser",
     "block_diffusion",
     "change_process",
@@ -73,6 +92,7 @@ __all__ = [
     "euler",
     "exact_categorical",
     "first_hitting",
+    "generate",
     "guide_tokens",
     "heun",
     "log_odds",
@@ -85,5 +105,6 @@ __all__ = [
     "suppress_tokens",
     "switch_by_noise",
     "time_steps",
+    "token_decoder",
     "token_denoiser",
 ]
