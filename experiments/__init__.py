@@ -8,7 +8,7 @@ import ml_collections
 
 from genjax_lab.training import Experiment, Restored, restore, restore_posthoc, train
 
-DOMAINS = ("images", "next_scale", "text", "tokenizer")
+DOMAINS = ("images", "next_scale", "reasoning", "text", "tokenizer")
 ROUNDS = ("self_play",)
 
 

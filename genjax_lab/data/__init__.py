@@ -1,5 +1,6 @@
 """Images and text: TFDS builders over packaged data, and the one pipeline to training batches."""
 
+from genjax_lab.data.batch_order import BatchOrder
 from genjax_lab.data.class_balance import balanced_labels
 from genjax_lab.data.image_levels import (
     DatasetInfo,
@@ -22,6 +23,7 @@ from genjax_lab.data.text import (
 from genjax_lab.data.transforms import center_crop, horizontal_flip
 
 __all__ = [
+    "BatchOrder",
     "DatasetInfo",
     "Loader",
     "NonFiniteImagesError",

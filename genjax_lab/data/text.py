@@ -112,18 +112,24 @@ def _words(documents: Sequence[str], vocab_size: int | None, pattern: str) -> to
     return tokenizer
 
 
-def read_tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer:
+def read_tokenizer(
+    path: str | os.PathLike, *, separator: str | None = SEPARATOR
+) -> tokenizers.Tokenizer:
     """A tokenizer from a `tokenizer.json`, such as every Hugging Face model has.
 
+    Args:
+        path: of the file.
+        separator: a token that it must have; None for any tokenizer.
+
     Raises:
-        ValueError: if there is none, or it has no token `SEPARATOR`.
+        ValueError: if there is none, or it has no such token.
     """
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(Path(path)))
     except Exception as error:  # the library's own, for what is missing or damaged
         raise ValueError(f"{os.fspath(path)!r} holds no tokenizer: {error}") from error
-    if tokenizer.token_to_id(SEPARATOR) is None:
-        raise ValueError(f"the tokenizer in {os.fspath(path)!r} has no token {SEPARATOR!r}")
+    if separator is not None and tokenizer.token_to_id(separator) is None:
+        raise ValueError(f"the tokenizer in {os.fspath(path)!r} has no token {separator!r}")
     return tokenizer
 
 

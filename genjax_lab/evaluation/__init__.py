@@ -1,5 +1,13 @@
 """How good are samples: distances of images, memorization; perplexity and entropy of text."""
 
+from genjax_lab.evaluation.answers import (
+    answer_summary,
+    avg_at_k,
+    bootstrap_interval,
+    maj_at_k,
+    pass_at_k,
+    std_at_n,
+)
 from genjax_lab.evaluation.categorical_laws import (
     gumbel_cap,
     lattice_categorical_probs,
@@ -43,6 +51,9 @@ __all__ = [
     "PrecisionRecall",
     "TrigramJudge",
     "ancestral_law",
+    "answer_summary",
+    "avg_at_k",
+    "bootstrap_interval",
     "classifier_features",
     "consistent_table",
     "evaluate_samples",
@@ -54,11 +65,14 @@ __all__ = [
     "inception_features",
     "inception_score",
     "lattice_categorical_probs",
+    "maj_at_k",
     "memorization_report",
     "nelbo",
+    "pass_at_k",
     "precision_recall",
     "prediction_table",
     "seed_range_summary",
+    "std_at_n",
     "total_variation",
     "truncated_categorical_probs",
     "unigram_entropy",

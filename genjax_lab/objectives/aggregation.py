@@ -42,10 +42,10 @@ def aggregation_weights(
             f"constant={constant} must be positive, and None for aggregation={aggregation!r}"
         )
     batch, length = mask.shape
-    tokens = jnp.sum(mask, axis=1, dtype=jnp.float32)
-    answers = jnp.maximum(jnp.sum(tokens > 0, dtype=jnp.float32), 1)
+    tokens = jnp.sum(mask, axis=1, dtype=float)
+    answers = jnp.maximum(jnp.sum(tokens > 0, dtype=float), 1)
     if aggregation == "token-sum-const":
-        weights = jnp.full((batch,), batch / (constant or 1000.0), jnp.float32)
+        weights = jnp.full((batch,), batch / (constant or 1000.0), float)
     elif aggregation == "token-mean":
         weights = jnp.full((batch,), batch) / jnp.maximum(jnp.sum(tokens), 1)
     else:

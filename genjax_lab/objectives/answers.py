@@ -32,6 +32,7 @@ def answer_batch(
     *,
     aggregation: str,
     constant: float | None = None,
+    counted: Array | None = None,
     **more: Array,
 ) -> dict[str, np.ndarray]:
     """The batch of `answer_objective`, of numpy arrays with a leading axis of answers.
@@ -44,14 +45,17 @@ def answer_batch(
         outcome: [batch].
         group: see `group_statistics`.
         aggregation, constant: see `aggregation_weights`; of what is one optimiser step together.
+        counted: [batch, length], which of the answers' tokens are learned from; all if None.
         **more: "reference_log_probs", "importance": [batch, length].
     """
-    weights = aggregation_weights(jnp.asarray(answer_mask), aggregation, constant=constant)
+    counted = answer_mask if counted is None else counted
+    weights = aggregation_weights(jnp.asarray(counted), aggregation, constant=constant)
     batch = {
         "prompt": prompts,
         "prompt_mask": prompt_mask,
         "answer": answers,
         "answer_mask": answer_mask,
+        "counted": counted,
         "old_log_probs": old_log_probs,
         "outcome": outcome,
         "weights": weights,
@@ -110,7 +114,7 @@ def answer_objective(
             chunk=chunk,
             method="log_probs",
         )
-        mask = batch["answer_mask"]
+        mask = batch["counted"]
         options = {}
         if takes_weights:
             options = {"weights": batch["weights"], "importance": batch.get("importance")}
@@ -165,7 +169,7 @@ def answer_likelihood(
 
 def _check(batch: Mapping[str, Any], kl_coefficient: float) -> None:
     wanted = ["prompt", "prompt_mask", "answer", "answer_mask", "old_log_probs", "outcome"]
-    wanted += ["weights", *(f"{_GROUP}{name}" for name in Groups._fields)]
+    wanted += ["counted", "weights", *(f"{_GROUP}{name}" for name in Groups._fields)]
     if kl_coefficient:
         wanted.append("reference_log_probs")
     if missing := [name for name in wanted if name not in batch]:

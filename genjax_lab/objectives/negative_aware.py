@@ -30,7 +30,8 @@ def straight_through_max(
     x: Float[Array, "..."], floor: float | Float[Array, ""]
 ) -> Float[Array, "..."]:
     """max(x, floor) with the gradient of x everywhere (arXiv 2505.18116, Eq. 8)."""
-    return x + jax.lax.stop_gradient(jnp.maximum(x, floor) - x)
+    # x + (max(x, floor) - x) would have the digits of x, which may be far below the floor.
+    return jax.lax.stop_gradient(jnp.maximum(x, floor)) + (x - jax.lax.stop_gradient(x))
 
 
 def likelihood_log_ratio(
@@ -138,14 +139,14 @@ def nft_loss(
         weights = aggregation_weights(_terms(mask, ratio), aggregation, constant=constant)
     right, rate = _columns(outcome, group.rate, log_ratio.shape)
     useful = (rate > 0) & (rate < 1)
-    rate = jnp.clip(rate, *_RATE_RANGE)
+    rate = jnp.where(useful, jnp.clip(rate, *_RATE_RANGE), 0.5)
     negative = implicit_negative_ratio(log_ratio, rate)
     floored = straight_through_max(jnp.exp(log_ratio), positive_floor)
     # log R itself where nothing is floored: the logarithm of exp(log R) would lose digits.
     positive_term = jnp.where(floored > jnp.exp(log_ratio), jnp.log(_safe(floored)), log_ratio)
     negative_term = jnp.log(_safe(straight_through_max(negative, epsilon)))
     term = right * positive_term + negative_weight * (1 - right) * negative_term
-    omega = jnp.where(useful, prompt_weight(rate, weighting), 0)
+    omega = jnp.where(useful, prompt_weight(rate[:, 0], weighting)[:, None], 0)
     loss = -omega * term
     if importance is not None:
         loss *= jax.lax.stop_gradient(importance)

@@ -22,6 +22,9 @@ class BatchIterator(Protocol):
     processes only the part that `genjax_lab.parallel.process_share(mesh)` gives this process. For
     results that do not depend on the number of processes, that part is the contiguous cut of the
     batch that one process would yield.
+
+    Where data are made by the model as it stands, the iterator has a method `follow(variables)`,
+    too. The loop calls it before it draws the batches of a call, which the next step makes invalid.
     """
 
     def __next__(self) -> dict[str, Shaped[np.ndarray, "rows ..."]]:
@@ -42,8 +45,9 @@ class Experiment(NamedTuple):
         objective: `(variables, batch, key) -> (loss, metrics)`; see `make_train_step`.
         optimizer: an optax transformation.
         batches: `(state) -> BatchIterator`. It is called once, at the start or after a restart, so
-            data made by the model itself must be reproducible from the iterator's stored state. The
-            state's memory is reused by the first step: copy what is needed of it.
+            data made by the model itself must be reproducible from the iterator's stored state and
+            what `follow` gives. The state's memory is reused by the first step: copy what is
+            needed of it.
         evaluate: `(state, *, seeds=None, metrics=None, progress=False) -> {name: value}`, floats;
             the loop gives the state alone. It must be a function of the state and of what is given,
             or an interrupted run would log other values than an uninterrupted one.

@@ -93,6 +93,7 @@ def train(
     if position is not None:
         batches.set_state(_iterator_state(position))
 
+    follow = getattr(batches, "follow", None)
     is_writer = jax.process_index() == 0
     if is_writer:
         _describe_launch(workdir, config)
@@ -131,6 +132,8 @@ def train(
         if position is not None and position.log["evaluation_due"]:
             evaluate()
         while step < num_steps:
+            if follow is not None:
+                follow(state.variables())
             batch = global_batch(_next_batches(batches, steps_per_call), mesh, batch_axis=1)
             state, metrics = train_step.step(state, batch)
             step += steps_per_call

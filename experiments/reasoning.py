@@ -1,0 +1,556 @@
+"""Learning to answer questions that a program can check: fields of configs and their builder.
+
+Beside the loop's fields (`genjax_lab.training.default_config`) a config has
+
+  task        name in genjax_lab.reasoning (digit_sum, addition, countdown, jsonl) and its arguments
+  tokenizer   path of a tokenizer.json and its end tokens, for tasks without an alphabet
+  prompt_length, answer_length   of arrays, in tokens
+  network     name in genjax_lab.networks and its arguments, beside vocab_size
+  base        where training begins: directory of a run of this domain, or of a Hugging Face model
+  method      "sft", supervised learning from the task's own answers, or one of METHODS
+  objective   arguments of the method's loss, and of `objectives.answer_objective`
+  rollout     arguments of `reasoning.RolloutSettings`, and slots of `samplers.generate`
+  reward      for policy gradients: signed, -1 for wrong answers; overlong_buffer, overlong_factor
+              of `objectives.overlong_penalty`
+  optimizer   as for images
+  sampler     temperature, top_k, top_p, min_p of evaluation and of sample.py
+  evaluation  num_samples answers in all, answers_per_problem of them each, batch_size, ema, metrics
+              (all of `evaluation.answer_summary` if empty)
+
+Every call of the step is one rollout: batch_size = num_groups num_samples / minibatches and
+steps_per_call = minibatches epochs.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from ml_collections.config_dict import placeholder
+from tqdm import tqdm
+
+from experiments.building import construct, default_optimizer, make_optimizer
+from genjax_lab import data, evaluation, networks, objectives, pretrained, reasoning, samplers
+from genjax_lab.parallel import make_mesh, process_share
+from genjax_lab.training import Experiment, TrainState, restore
+
+TASKS = ("digit_sum", "addition", "countdown", "jsonl")
+# Keeps the keys of samples apart from those of training, which are children of the same seed.
+_SAMPLING_STREAM = 2**31
+_OF_OBJECTIVE = ("chunk", "kl_coefficient", "kl_kind", "entropy_coefficient")
+
+
+class Method(NamedTuple):
+    """A loss, and how its tokens are summed up where the config does not say it."""
+
+    loss: Callable[..., Any]
+    aggregation: str
+    takes_weights: bool = True
+
+
+METHODS = {
+    "nft": Method(objectives.nft_loss, "token-sum-const"),
+    "rft": Method(objectives.rft_loss, "token-sum-const"),
+    "grpo": Method(objectives.grpo_loss, "seq-mean-token-mean"),
+    "dr_grpo": Method(objectives.dr_grpo_loss, "seq-mean-token-sum-norm"),
+    "dapo": Method(objectives.dapo_loss, "token-mean"),
+    "gspo": Method(objectives.gspo_loss, "seq-mean-token-mean"),
+    "rloo": Method(objectives.rloo_loss, "seq-mean-token-sum"),
+    "reinforce": Method(objectives.reinforce_loss, "seq-mean-token-sum"),
+    "signed_likelihood": Method(objectives.signed_likelihood_loss, "token-sum-const"),
+    "online_dpo": Method(objectives.online_dpo_loss, "token-mean", takes_weights=False),
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The fields of this domain with their defaults; a config adds the loop's."""
+    return ml_collections.ConfigDict(
+        {
+            "domain": "reasoning",
+            "task": {"name": "digit_sum"},
+            "tokenizer": {"path": placeholder(str), "end_tokens": ()},
+            "prompt_length": 8,
+            "answer_length": 8,
+            "network": {"name": "Decoder"},
+            "base": placeholder(str),
+            "method": "nft",
+            "objective": {},
+            "rollout": {
+                "num_groups": 32,
+                "num_samples": 8,
+                "minibatches": 4,
+                "epochs": 1,
+                "batch_questions": 64,
+                "temperature": 1.0,
+                "slots": placeholder(int),
+            },
+            "reward": {"signed": False, "overlong_buffer": 0, "overlong_factor": 1.0},
+            "optimizer": default_optimizer(warmup_steps=10),
+            "sampler": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+            "evaluation": {
+                "num_samples": 512,
+                "answers_per_problem": 4,
+                "batch_size": 256,
+                "ema": placeholder(str),
+                "metrics": (),
+            },
+        }
+    )
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+    """Builds the experiment of a config.
+
+    Raises:
+      ValueError: if a name is unknown, or arguments or numbers do not fit.
+    """
+    questions = Questions(config)
+    network = make_network(config, questions)
+    judge = AnswerJudge(config, network, questions)
+    supervised = config.method == "sft"
+    return Experiment(
+        init=functools.partial(initial_variables, config, network),
+        objective=make_objective(config, network),
+        optimizer=make_optimizer(config),
+        batches=(
+            (lambda state: Demonstrations(config, questions))
+            if supervised
+            else (lambda state: make_stream(config, network, questions))
+        ),
+        evaluate=judge.evaluate,
+        sample=judge.sample,
+        write=judge.write,
+    )
+
+
+class Questions:
+    """The task of a config and its tokens, made when they are first needed."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self._config = config
+
+    @functools.cached_property
+    def task(self) -> reasoning.Task:
+        """The task."""
+        fields = self._config.task.to_dict()
+        if fields["name"] not in TASKS:
+            raise ValueError(f"config.task.name is {fields['name']!r}, not in {TASKS}")
+        if fields["name"] == "jsonl":
+            mode = fields.pop("verifier", "equivalence")
+            fields["verify"] = reasoning.Verifier(mode=mode).verify
+        return construct(reasoning, fields, "task")
+
+    @functools.cached_property
+    def codec(self) -> reasoning.Codec:
+        """Its tokens."""
+        config = self._config
+        lengths = {"prompt_length": config.prompt_length, "answer_length": config.answer_length}
+        path = config.tokenizer.get("path")
+        if path is None:
+            if not self.task.alphabet:
+                raise ValueError("config.tokenizer.path is missing; this task has no alphabet")
+            return reasoning.character_codec(self.task.alphabet, **lengths)
+        tokenizer = data.read_tokenizer(path, separator=None)
+        ends = tuple(tokenizer.token_to_id(token) for token in config.tokenizer.end_tokens)
+        if not ends or None in ends:
+            raise ValueError(
+                f"config.tokenizer.end_tokens is {tuple(config.tokenizer.end_tokens)}; there must "
+                f"be some, and the tokenizer in {path!r} must have them"
+            )
+        return reasoning.Codec(tokenizer, ends, **lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that there are texts for; networks may have rows for more."""
+        return self.codec.tokenizer.get_vocab_size()
+
+
+def make_network(config: ml_collections.ConfigDict, questions: Questions) -> networks.Decoder:
+    """The network of a config; its vocabulary is that of the texts if the config has none."""
+    fields = dict(config.network)
+    if fields.get("vocab_size") is None:
+        fields["vocab_size"] = questions.num_tokens
+    return construct(networks, fields, "network")
+
+
+def initial_variables(
+    config: ml_collections.ConfigDict, network: networks.Decoder, key: jax.Array
+) -> Mapping[str, Any]:
+    """Those of `config.base`, or random ones."""
+    if not config.get("base"):
+        return jax.jit(network.init)(key, jnp.zeros((1, 2), jnp.int32))
+    base = Path(config.base)
+    if (base / "config.json").exists() and not (base / "checkpoints").exists():
+        found, variables = pretrained.qwen2.load(base, scan=network.scan)
+    else:
+        run = restore(base / "checkpoints" if (base / "checkpoints").exists() else base)
+        settings = ml_collections.ConfigDict(run.config)
+        if settings.get("domain") != "reasoning":
+            raise ValueError(f"config.base={config.base!r} is a run of {settings.get('domain')!r}")
+        questions = Questions(settings)
+        found = make_network(settings, questions)
+        variables = run.state.variables(settings.evaluation.get("ema"))
+        make = networks.stacked if network.scan else networks.unstacked
+        found, variables = make(found, variables)
+    same = ("vocab_size", "width", "depth", "num_heads", "num_kv_heads", "mlp_width", "tied")
+    same += ("rope_theta", "norm_eps", "qkv_bias", "head_dim")
+    if differences := {
+        name: (getattr(found, name), getattr(network, name))
+        for name in same
+        if getattr(found, name) != getattr(network, name)
+    }:
+        raise ValueError(
+            f"config.network differs from the network in {config.base!r}: {differences} (there, "
+            "here)"
+        )
+    return variables
+
+
+def make_objective(
+    config: ml_collections.ConfigDict, network: networks.Decoder
+) -> objectives.Objective:
+    """The objective of a config, which also reports the means of the rollout."""
+    fields = dict(config.objective)
+    options = {name: fields.pop(name) for name in _OF_OBJECTIVE if name in fields}
+    if config.method == "sft":
+        return objectives.answer_likelihood(network.apply, **options)
+    method = method_of(config)
+    for name in ("aggregation", "constant"):
+        fields.pop(name, None)
+    objective = objectives.answer_objective(
+        network.apply,
+        functools.partial(method.loss, **fields),
+        temperature=config.rollout.temperature,
+        takes_weights=method.takes_weights,
+        **options,
+    )
+
+    def reporting(variables, batch, key):
+        loss, metrics = objective(variables, batch, key)
+        rollout = {
+            name: jnp.mean(value)
+            for name, value in batch.items()
+            if name.startswith(reasoning.STATISTIC)
+        }
+        return loss, metrics | rollout
+
+    return reporting
+
+
+def method_of(config: ml_collections.ConfigDict) -> Method:
+    """The method of a config, checked."""
+    if config.method not in METHODS:
+        raise ValueError(f"config.method is {config.method!r}, not 'sft' or in {sorted(METHODS)}")
+    method = METHODS[config.method]
+    if not method.takes_weights and config.accumulation_steps > 1:
+        raise ValueError(
+            f"config.method={config.method!r} compares answers with each other, so batches cannot "
+            "be cut; config.accumulation_steps must be 1"
+        )
+    return method
+
+
+def settings_of(config: ml_collections.ConfigDict) -> reasoning.RolloutSettings:
+    """The settings of the rollouts of a config, checked."""
+    fields = config.rollout.to_dict()
+    for name in ("slots", "temperature"):
+        fields.pop(name, None)
+    if fields.get("band") is not None:
+        fields["band"] = tuple(fields["band"])
+    aggregation = config.objective.get("aggregation") or method_of(config).aggregation
+    try:
+        settings = reasoning.RolloutSettings(
+            aggregation=aggregation, constant=config.objective.get("constant"), **fields
+        ).checked()
+    except TypeError as error:
+        raise ValueError(f"config.rollout does not fit: {error}") from error
+    steps = settings.minibatches * settings.epochs
+    if config.batch_size != settings.batch_size or config.steps_per_call != steps:
+        raise ValueError(
+            f"config.batch_size={config.batch_size} must be num_groups num_samples / minibatches = "
+            f"{settings.batch_size}, and config.steps_per_call={config.steps_per_call} the "
+            f"optimiser steps of a rollout, minibatches epochs = {steps}"
+        )
+    return settings
+
+
+def make_stream(
+    config: ml_collections.ConfigDict, network: networks.Decoder, questions: Questions
+) -> reasoning.AnswerStream:
+    """The batches of a config: what the model answers, judged."""
+    settings, mesh = settings_of(config), make_mesh(**config.mesh)
+    reference = None
+    if config.objective.get("kl_coefficient"):
+        if not config.get("base"):
+            raise ValueError("config.objective.kl_coefficient needs config.base, the reference")
+        reference = initial_variables(config, network, jax.random.key(0))
+    temperature = config.rollout.temperature
+
+    def generate(variables, key, prompts, mask):
+        return answer(
+            network,
+            variables,
+            questions,
+            key,
+            prompts,
+            mask,
+            num_samples=settings.num_samples,
+            slots=config.rollout.get("slots"),
+            temperature=temperature,
+            mesh=mesh,
+        )
+
+    chunk = config.objective.get("chunk")
+
+    @jax.jit
+    def log_probs(variables, prompts, prompt_mask, answers, answer_mask):
+        return network.apply(
+            variables,
+            jnp.concatenate([prompts, answers], axis=1),
+            start=prompts.shape[1],
+            token_mask=jnp.concatenate([prompt_mask, answer_mask], axis=1),
+            temperature=temperature,
+            chunk=chunk,
+            method="log_probs",
+        )[0]
+
+    return reasoning.AnswerStream(
+        questions.task,
+        questions.codec,
+        generate=generate,
+        log_probs=log_probs,
+        settings=settings,
+        seed=config.seed,
+        reward=reward_of(config),
+        share=process_share(mesh),
+        reference=reference,
+    )
+
+
+def reward_of(config: ml_collections.ConfigDict) -> Callable[..., np.ndarray] | None:
+    """(outcome, lengths, truncated) -> reward, as `config.reward` says; None for the outcome."""
+    fields = config.reward
+    if not fields.signed and not fields.overlong_buffer:
+        return None
+
+    def reward(outcome, lengths, truncated):
+        del truncated
+        value = 2 * outcome - 1 if fields.signed else outcome
+        if fields.overlong_buffer:
+            value = value + objectives.overlong_penalty(
+                lengths,
+                max_length=config.answer_length,
+                buffer=fields.overlong_buffer,
+                factor=fields.overlong_factor,
+            )
+        return np.asarray(value, np.float32)
+
+    return reward
+
+
+def answer(
+    network: networks.Decoder,
+    variables: Mapping[str, Any],
+    questions: Questions,
+    key: jax.Array,
+    prompts: np.ndarray,
+    mask: np.ndarray,
+    **options: Any,
+) -> samplers.Generation:
+    """Answers to prompts; `options` of `samplers.generate`."""
+    apart, variables = networks.unstacked(network, variables)
+    codec = questions.codec
+    return samplers.generate(
+        samplers.token_decoder(apart.apply, variables, questions.num_tokens),
+        key,
+        prompts,
+        mask,
+        length=codec.answer_length,
+        end_ids=codec.end_ids,
+        **options,
+    )
+
+
+class Demonstrations:
+    """Endless batches of questions with right answers, each a function of seed and position."""
+
+    def __init__(self, config: ml_collections.ConfigDict, questions: Questions):
+        self._task, self._codec, self._seed = questions.task, questions.codec, config.seed
+        if self._task.demonstrate is None:
+            raise ValueError(f"task {config.task.name!r} has no answers of its own to learn from")
+        index, count = process_share(make_mesh(**config.mesh))
+        self._order = data.BatchOrder(
+            len(self._task.train),
+            config.batch_size,
+            config.seed,
+            num_epochs=None,
+            shuffle=True,
+            drop_remainder=False,
+            shard_index=index,
+            shard_count=count,
+        )
+        self._step, self._size = 0, config.batch_size
+
+    def __iter__(self) -> "Demonstrations":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch."""
+        rows = self._order[self._step]
+        self._step += 1
+        problems = [self._task.train[i] for i in rows.indices]
+        texts = [
+            self._task.demonstrate(np.random.default_rng([self._seed, int(position)]), problem)
+            for position, problem in zip(rows.positions, problems, strict=True)
+        ]
+        prompts, prompt_mask = self._codec.encode_prompts([p.prompt for p in problems])
+        answers, mask = self._codec.encode_answers(texts)
+        # Each answer's mean over its tokens, so that parts of a batch need not know the others.
+        weights = (1.0 / mask.sum(axis=1)).astype(np.float32)
+        return {
+            "prompt": prompts,
+            "prompt_mask": prompt_mask,
+            "answer": answers,
+            "answer_mask": mask,
+            "weights": weights,
+        }
+
+    def get_state(self) -> dict[str, Any]:
+        """The position."""
+        return {"step": self._step, "seed": self._seed}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        if state["seed"] != self._seed:
+            raise ValueError(f"the position is of seed {state['seed']}, this one of {self._seed}")
+        self._step = state["step"]
+
+
+class AnswerJudge:
+    """Draws, evaluates and writes answers of a train state to the questions for testing.
+
+    Seed s is for answer s mod k to question s // k, of k answers each.
+    """
+
+    def __init__(self, config, network, questions: Questions):
+        self._config, self._network, self._questions = config, network, questions
+        self._mesh = functools.cache(lambda: make_mesh(**config.mesh))
+
+    def sample(
+        self, state: TrainState, seeds: Sequence[int], *, progress: bool = False
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (seeds, tokens int32 [part, prompt and answer]); each depends on its own seed."""
+        for part, prompts, generation in self._draw(state, np.asarray(seeds), 1, progress):
+            yield part, np.concatenate([prompts, generation.tokens[:, 0]], axis=1)
+
+    def _draw(self, state, seeds: np.ndarray, count: int, progress: bool):
+        """For seeds a multiple of `count`, of that answer and the `count` - 1 next to it."""
+        settings, questions = self._config.evaluation, self._questions
+        variables = state.variables(settings.get("ema"))
+        parts = self._mesh().shape["data"] * self._mesh().shape["fsdp"]
+        size = -(-min(settings.batch_size // count, len(seeds)) // parts) * parts
+        tests = questions.task.test
+        key = jax.random.fold_in(jax.random.key(self._config.seed), _SAMPLING_STREAM)
+        for start in tqdm(range(0, len(seeds), size), disable=not progress, desc="answering"):
+            part = seeds[start : start + size]
+            filled = np.pad(part, (0, size - len(part)), mode="edge")
+            chosen = [tests[s // settings.answers_per_problem % len(tests)] for s in filled]
+            prompts, mask = questions.codec.encode_prompts([p.prompt for p in chosen])
+            generation = answer(
+                *(self._network, variables, questions, key, prompts, mask),
+                num_samples=count,
+                prompt_ids=filled // count,
+                mesh=self._mesh(),
+                **self._config.sampler,
+            )
+            host = jax.tree.map(reasoning.to_host, generation)
+            yield part, prompts[: len(part)], _first(host, len(part))
+
+    def evaluate(
+        self,
+        state: TrainState,
+        *,
+        seeds: Sequence[int] | None = None,
+        metrics: Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> dict[str, float]:
+        """Metrics of answers to the questions for testing; see `evaluation.answer_summary`."""
+        settings, questions = self._config.evaluation, self._questions
+        count = settings.answers_per_problem
+        seeds = np.asarray(range(settings.num_samples) if seeds is None else seeds)
+        if len(seeds) % count or (seeds.reshape(-1, count)[:, 0] % count).any():
+            raise ValueError(
+                f"seeds must be whole blocks of answers_per_problem={count}, got {len(seeds)} "
+                f"from {seeds[0]}"
+            )
+        outcomes, lengths, truncated, entropies = [], [], [], []
+        tests = questions.task.test
+        for part, _, drawn in self._draw(state, seeds[::count], count, progress):
+            flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+            chosen = [tests[s // count % len(tests)] for s in part]
+            told = questions.codec.decode(flat(drawn.tokens), flat(drawn.mask))
+            repeated = [problem for problem in chosen for _ in range(count)]
+            outcome = np.asarray(questions.task.verify(repeated, told)).reshape(-1, count)
+            outcomes.append(np.where(drawn.report.truncated, 0, outcome))
+            lengths.append(drawn.report.lengths)
+            truncated.append(drawn.report.truncated)
+            entropies.append(drawn.report.entropies.sum() / drawn.mask.sum())
+        result = evaluation.answer_summary(
+            np.concatenate(outcomes),
+            lengths=np.concatenate(lengths),
+            truncated=np.concatenate(truncated),
+            ks=sorted({1, count}),
+        )
+        result["entropy"] = float(np.mean(entropies))
+        wanted = tuple(metrics or settings.metrics) or tuple(result)
+        if unknown := sorted(set(wanted) - set(result)):
+            raise ValueError(f"metrics {unknown} are not in {sorted(result)}")
+        return {name: result[name] for name in wanted}
+
+    def write(
+        self, samples: np.ndarray, path: str | Path, *, before: np.ndarray | None = None
+    ) -> None:
+        """Writes questions and answers: .jsonl, one object a line, or .txt; .npz as tokens."""
+        path = Path(path)
+        groups = {"samples": samples} | ({} if before is None else {"before": before})
+        if path.suffix == ".npz":
+            np.savez(path, **groups)
+            return
+        if path.suffix not in (".txt", ".jsonl"):
+            raise ValueError(f"path is {str(path)!r}; answers are written as .jsonl, .txt or .npz")
+        rows = [row for name, group in groups.items() for row in self._rows(name, group)]
+        if path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            return
+        marks = {0.0: "wrong", 1.0: "right"}
+        lines = [
+            f"[{row['group']}] {row['prompt']} {row['answer']}   "
+            f"({marks.get(row['outcome'], row['outcome'])})"
+            for row in rows
+        ]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _rows(self, group: str, samples: np.ndarray) -> list[dict[str, Any]]:
+        codec, task = self._questions.codec, self._questions.task
+        tokens = np.split(samples, [codec.prompt_length], axis=1)
+        everything = [np.ones_like(part, bool) for part in tokens]
+        # Behind the end is the end again, and before a prompt, which are no text.
+        prompts, answers = (codec.decode(*pair) for pair in zip(tokens, everything, strict=True))
+        by_prompt = {problem.prompt: problem for problem in task.test}
+        ended = np.isin(tokens[1], codec.end_ids).any(axis=1)
+        known = [by_prompt.get(prompt, reasoning.Problem(prompt, "")) for prompt in prompts]
+        outcomes = np.where(ended, task.verify(known, answers), 0)
+        return [
+            {"group": group, "prompt": p, "gold": k.gold, "answer": a, "outcome": float(o)}
+            for p, k, a, o in zip(prompts, known, answers, outcomes, strict=True)
+        ]
+
+
+def _first(generation: samplers.Generation, count: int) -> samplers.Generation:
+    """Of the first prompts; slot steps stay those of all."""
+    return jax.tree.map(lambda x: x[:count] if x.ndim else x, generation)

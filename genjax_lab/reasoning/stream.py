@@ -1,0 +1,372 @@
+"""The batches of learning from one's own answers: made by the model as it stands, and resumable.
+
+One rollout asks questions until enough of them are useful, computes the answers' log-probabilities
+by the function that training uses, and is cut into mini-batches of whole groups, which are trained
+on once or several times before the next (arXiv 2505.18116, Algorithm 1). Whatever is drawn depends
+on the seed, the number of the batch of questions, the question and the answer alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from genjax_lab.data.batch_order import BatchOrder
+from genjax_lab.objectives import answer_batch, group_statistics, importance_weights
+from genjax_lab.reasoning.problems import Task
+from genjax_lab.reasoning.rollout import AnsweredProblem, Collected, Ledger, collect_groups
+from genjax_lab.reasoning.tokens import Codec
+from genjax_lab.samplers import Generation
+
+# Means of a rollout that every row of its batches carries, so that the log has them.
+STATISTICS = (
+    "accuracy",
+    "kept",
+    "truncated",
+    "length_right",
+    "length_wrong",
+    "tokens_per_kept",
+    "utilisation",
+)
+STATISTIC = "rollout_"
+
+
+class RolloutSettings(NamedTuple):
+    """How rollouts are made.
+
+    Attributes:
+        num_groups: questions N_q of a rollout.
+        num_samples: answers K to each.
+        minibatches: optimiser steps in which all of them are seen once.
+        epochs: how often they are seen.
+        batch_questions: questions that are asked at a time.
+        band, max_batches, strategy: see `collect_groups`.
+        carry_over: whether useful questions that were not needed come first in the next rollout.
+            They were then answered by an older policy, whose log-probabilities they keep: those of
+            the law they were drawn from, which should have no cuts.
+        rate: estimate of r_q, see `correctness_rate`.
+        aggregation, constant: see `aggregation_weights`.
+        importance_cap: see `importance_weights`; None for weights of 1.
+        truncated_is_wrong: whether answers without end have the outcome 0 whatever they say.
+        mask_truncated: whether such answers are not trained on (overlong filtering).
+    """
+
+    num_groups: int
+    num_samples: int
+    minibatches: int = 1
+    epochs: int = 1
+    batch_questions: int = 64
+    band: tuple[float, float] | None = (0.0, 1.0)
+    max_batches: int = 10
+    strategy: str = "backfill"
+    carry_over: bool = False
+    rate: str = "mean"
+    aggregation: str = "token-sum-const"
+    constant: float | None = None
+    importance_cap: float | None = None
+    truncated_is_wrong: bool = True
+    mask_truncated: bool = False
+
+    @property
+    def batch_size(self) -> int:
+        """Answers of a mini-batch."""
+        return self.num_groups // self.minibatches * self.num_samples
+
+    def checked(self) -> "RolloutSettings":
+        """Itself; ValueError if numbers do not fit."""
+        counts = ("num_groups", "minibatches", "epochs", "batch_questions", "max_batches")
+        if bad := {n: getattr(self, n) for n in counts if getattr(self, n) < 1}:
+            raise ValueError(f"{bad} must be positive")
+        if self.num_samples < 2 or self.num_groups % self.minibatches:
+            raise ValueError(
+                f"num_samples={self.num_samples} must be at least 2, and num_groups="
+                f"{self.num_groups} a multiple of minibatches={self.minibatches}"
+            )
+        return self
+
+
+Generate = Callable[[Any, PRNGKeyArray, Array, Array], Generation]
+JudgeTokens = Callable[[Any, Array, Array, Array, Array], Array]
+Reward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+class AnswerStream:
+    """Endless batches of `answer_batch`, of the model that `follow` was last given.
+
+    Args:
+        task: questions and their verifier.
+        codec: their tokens.
+        generate: (variables, key, prompts, mask) -> K answers each.
+        log_probs: (variables, prompts, prompt_mask, answers, answer_mask) -> [rows, length], for
+            rows as many as a mini-batch has.
+        settings: of the rollouts.
+        seed: of everything that is drawn.
+        reward: (outcome, lengths, truncated) [batch] -> rewards of policy gradients; the outcome if
+            None.
+        share: (index, count): which contiguous part of each batch is given here.
+        reference: variables of a frozen model, whose log-probabilities batches are to have.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        codec: Codec,
+        *,
+        generate: Generate,
+        log_probs: JudgeTokens,
+        settings: RolloutSettings,
+        seed: int,
+        reward: Reward | None = None,
+        share: tuple[int, int] = (0, 1),
+        reference: Any = None,
+    ):
+        self._problems = [p for p in task.train if codec.fits(p.prompt)]
+        if not self._problems:
+            raise ValueError(f"all prompts are longer than {codec.prompt_length} tokens")
+        self._task, self._codec, self._settings = task, codec, settings.checked()
+        self._generate, self._log_probs, self._reward = generate, log_probs, reward
+        self._seed, self._share, self._reference = seed, share, reference
+        self._order = BatchOrder(
+            len(self._problems),
+            settings.batch_questions,
+            seed,
+            num_epochs=None,
+            shuffle=True,
+            drop_remainder=False,
+            shard_index=0,
+            shard_count=1,
+        )
+        self._variables: Any = None
+        self._asked = self._rollouts = 0
+        self._carried: list[AnsweredProblem] = []
+        self._pending: list[dict[str, np.ndarray]] = []
+        self.ledger = Ledger()
+
+    def follow(self, variables: Any) -> None:
+        """Takes the variables that the next rollout is made with."""
+        self._variables = variables
+
+    def __iter__(self) -> "AnswerStream":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next mini-batch."""
+        if not self._pending:
+            if self._variables is None:
+                raise ValueError("follow(variables) must be called before the first batch")
+            self._pending = self._rollout()
+            self._rollouts += 1
+        return self._pending.pop(0)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position; between rollouts only.
+
+        Raises:
+            ValueError: if mini-batches of the last rollout are still to come.
+        """
+        if self._pending:
+            raise ValueError(
+                f"{len(self._pending)} mini-batches of the rollout are still to come; store after "
+                "the last of them"
+            )
+        return {
+            "asked": self._asked,
+            "rollouts": self._rollouts,
+            "seed": self._seed,
+            "carried": [group.to_json() for group in self._carried],
+            "ledger": self.ledger._asdict(),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a position of `get_state`.
+
+        Raises:
+            ValueError: if it is of another seed.
+        """
+        if state["seed"] != self._seed:
+            raise ValueError(f"the position is of seed {state['seed']}, this one of {self._seed}")
+        self._asked, self._rollouts = state["asked"], state["rollouts"]
+        self._carried = [AnsweredProblem.from_json(group) for group in state["carried"]]
+        self.ledger, self._pending = Ledger(**state["ledger"]), []
+
+    def _rollout(self) -> list[dict[str, np.ndarray]]:
+        settings = self._settings
+        carried = min(len(self._carried), settings.num_groups)
+        collected = collect_groups(
+            self._ask,
+            num_groups=settings.num_groups,
+            band=settings.band,
+            max_batches=settings.max_batches,
+            strategy=settings.strategy,
+            carried=self._carried,
+        )
+        self._carried = collected.left_over if settings.carry_over else []
+        rows = self._rows(collected, carried)
+        trained = settings.epochs * int(rows["answer_mask"].sum())
+        self.ledger += collected.ledger + Ledger(trained_tokens=trained)
+        return self._minibatches(rows)
+
+    def _ask(self) -> tuple[list[AnsweredProblem], int]:
+        chosen = [self._problems[i] for i in self._order[self._asked].indices]
+        key = jax.random.fold_in(jax.random.key(self._seed), self._asked)
+        numbers = self._order[self._asked].indices.tolist()
+        self._asked += 1
+        prompts, mask = self._codec.encode_prompts([p.prompt for p in chosen])
+        answered, steps = ask(
+            self._task,
+            self._codec,
+            chosen,
+            lambda: self._generate(self._variables, key, prompts, mask),
+        )
+        if self._settings.truncated_is_wrong:
+            answered = [
+                group._replace(outcome=np.where(group.truncated, 0, group.outcome))
+                for group in answered
+            ]
+        return [
+            group._replace(problem=n) for group, n in zip(answered, numbers, strict=True)
+        ], steps
+
+    def _rows(self, collected: Collected, carried: int) -> dict[str, np.ndarray]:
+        """All answers of a rollout, with what training needs."""
+        groups, settings = collected.groups, self._settings
+        count = settings.num_samples
+        rows = {
+            "prompt": np.repeat([g.prompt for g in groups], count, axis=0),
+            "prompt_mask": np.repeat([g.prompt_mask for g in groups], count, axis=0),
+            "answer": np.concatenate([g.answers for g in groups]),
+            "answer_mask": np.concatenate([g.answer_mask for g in groups]),
+            "sampler_log_probs": np.concatenate([g.log_probs for g in groups]),
+            "outcome": np.concatenate([g.outcome for g in groups]).astype(np.float32),
+            "truncated": np.concatenate([g.truncated for g in groups]),
+            "ids": np.repeat(np.arange(len(groups), dtype=np.int32), count),
+        }
+        rows["statistics"] = np.tile(
+            np.float32(list(rollout_statistics(collected).values())), (len(rows["ids"]), 1)
+        )
+        rows["old_log_probs"] = self._judge(self._variables, rows)
+        if self._reference is not None:
+            rows["reference_log_probs"] = self._judge(self._reference, rows)
+        # Those of an older policy are what its own sampler said.
+        older = slice(0, carried * count)
+        rows["old_log_probs"][older] = rows["sampler_log_probs"][older]
+        return rows
+
+    def _judge(self, variables: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        size = self._settings.batch_size
+        names = ("prompt", "prompt_mask", "answer", "answer_mask")
+        parts = [
+            to_host(self._log_probs(variables, *(rows[name][i : i + size] for name in names)))
+            for i in range(0, len(rows["ids"]), size)
+        ]
+        return np.concatenate(parts)
+
+    def _minibatches(self, rows: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        settings = self._settings
+        lengths = rows["answer_mask"].sum(axis=1)
+        reward = None
+        if self._reward is not None:
+            reward = self._reward(rows["outcome"], lengths, rows["truncated"])
+        statistics = group_statistics(
+            rows["outcome"], rows["ids"], reward=reward, estimate=settings.rate
+        )
+        batches = []
+        for epoch in range(settings.epochs):
+            generator = np.random.default_rng([self._seed, self._rollouts, epoch])
+            groups = generator.permutation(settings.num_groups)
+            for part in np.split(groups, settings.minibatches):
+                chosen = part[:, None] * settings.num_samples + np.arange(settings.num_samples)
+                batches.append(self._minibatch(rows, statistics, chosen.reshape(-1)))
+        return batches
+
+    def _minibatch(self, rows, statistics, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        settings = self._settings
+        part = {name: array[chosen] for name, array in rows.items()}
+        mask = part["answer_mask"]
+        if settings.mask_truncated:
+            mask = mask & ~part["truncated"][:, None]
+        more = {}
+        if settings.importance_cap is not None:
+            more["importance"] = importance_weights(
+                part["old_log_probs"], part["sampler_log_probs"], cap=settings.importance_cap
+            )
+        if "reference_log_probs" in part:
+            more["reference_log_probs"] = part["reference_log_probs"]
+        batch = answer_batch(
+            part["prompt"],
+            part["prompt_mask"],
+            part["answer"],
+            part["answer_mask"],
+            part["old_log_probs"],
+            part["outcome"],
+            jax.tree.map(lambda x: np.asarray(x)[chosen], statistics),
+            aggregation=settings.aggregation,
+            constant=settings.constant,
+            counted=mask,
+            **more,
+        )
+        batch |= {
+            f"{STATISTIC}{name}": part["statistics"][:, i] for i, name in enumerate(STATISTICS)
+        }
+        index, count = self._share
+        size = len(chosen)
+        begin, end = index * size // count, (index + 1) * size // count
+        return {name: array[begin:end] for name, array in batch.items()}
+
+
+def ask(
+    task: Task, codec: Codec, problems: Sequence, generate: Callable[[], Generation]
+) -> tuple[list[AnsweredProblem], int]:
+    """Answers to problems, judged by the task's verifier, and the slot steps they took."""
+    generation = jax.tree.map(to_host, generate())
+    count = generation.tokens.shape[1]
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    texts = codec.decode(flat(generation.tokens), flat(generation.mask))
+    repeated = [problem for problem in problems for _ in range(count)]
+    outcome = np.asarray(task.verify(repeated, texts), np.float32).reshape(-1, count)
+    if not ((outcome >= 0) & (outcome <= 1)).all():
+        raise ValueError("task.verify must give outcomes in [0, 1]")
+    prompts, mask = codec.encode_prompts([problem.prompt for problem in problems])
+    report = generation.report
+    answered = [
+        AnsweredProblem(
+            i,
+            prompts[i],
+            mask[i],
+            generation.tokens[i],
+            generation.mask[i],
+            report.drawn_log_probs[i],
+            outcome[i],
+            report.truncated[i],
+        )
+        for i in range(len(problems))
+    ]
+    return answered, int(report.slot_steps)
+
+
+def rollout_statistics(collected: Collected) -> dict[str, float]:
+    """The numbers of `STATISTICS`; lengths are of the answers that were kept."""
+    ledger = collected.ledger
+    lengths = np.concatenate([g.answer_mask.sum(axis=1) for g in collected.groups])
+    right = np.concatenate([g.outcome for g in collected.groups]) > 0.5
+    mean = lambda x: float(x.mean()) if x.size else 0.0  # noqa: E731
+    values = (
+        ledger.right / max(ledger.answers, 1),
+        len(collected.groups) / max(ledger.questions, 1),
+        ledger.truncated / max(ledger.answers, 1),
+        mean(lengths[right]),
+        mean(lengths[~right]),
+        ledger.generated_tokens / max(ledger.kept_tokens, 1),
+        ledger.generated_tokens / max(ledger.slot_steps, 1),
+    )
+    return dict(zip(STATISTICS, values, strict=True))
+
+
+def to_host(array: Any) -> Float[np.ndarray, "..."]:
+    """As numpy, of all processes' parts."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
