@@ -51,6 +51,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/study_ddo", "Where the models go
 _STEPS = flags.DEFINE_integer("num_steps", 10_000, "Steps of pretraining.", lower_bound=100)
 _ROUND_STEPS = flags.DEFINE_integer("round_steps", 300, "Steps of a round.", lower_bound=50)
 _SAMPLES = flags.DEFINE_integer("num_samples", 8_000, "Samples behind each distance.")
+_BLOCKS = flags.DEFINE_integer("num_blocks", 3, "Of the network.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 256, "Examples in a step.", lower_bound=1)
 _RATES = flags.DEFINE_list("learning_rates", ["3e-4", "1e-3"], "Of continued training.")
 _GAINS = flags.DEFINE_list("gains", ["0.25", "0.5", "1", "2"], "Of extrapolation.")
@@ -115,7 +116,8 @@ class Model:
 def _pretraining(seed: int, num_steps: int) -> ml_collections.ConfigDict:
     config = digits_edm.get_config()
     config.seed = seed
-    config.network = {"name": "ResidualMLP", "width": 64, "num_blocks": 3, "dropout": 0.0}
+    config.network = {"name": "ResidualMLP", "width": 64, "dropout": 0.0}
+    config.network.num_blocks = _BLOCKS.value
     config.optimizer.update({"warmup_steps": 0, "decay_steps": num_steps})
     config.batch_size, config.num_steps = _BATCH.value, num_steps
     config.checkpoint_every = config.keep_every = max(num_steps // 4 // 50 * 50, 50)
@@ -123,7 +125,7 @@ def _pretraining(seed: int, num_steps: int) -> ml_collections.ConfigDict:
     config.ema = {"ema": {"half_life_images": 88_600.0, "rampup_ratio": 0.05}}  # 0.998 a step
     config.evaluation.batch_size = 2_000
     config.evaluation.num_samples = min(config.evaluation.num_samples, _SAMPLES.value)
-    config.progress = False
+    config.progress = config.tensorboard = False
     return config
 
 
@@ -136,7 +138,7 @@ def play(model: Model, workdir: Path, rounds: int, **changes: Any) -> list[Score
     config.batch_size, config.num_steps = _BATCH.value, model.settings["round_steps"]
     config.log_every = min(config.log_every, config.num_steps)
     config.selection_seeds = config.fresh_seeds = model.settings["num_samples"]
-    config.progress = False
+    config.progress = config.tensorboard = False
     config.seed = model.config.seed
     config.update(changes)
     experiments.run(config, workdir)

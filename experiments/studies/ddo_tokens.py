@@ -19,11 +19,12 @@ the ratio ||E_fake s|| / ||E_data s|| of the scores s = grad log p at the start 
 exact samples leave only the noise of sampling of it. Writes ddo_tokens.json and ddo_tokens.png.
 """
 
+import functools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ _ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of self-play.", lower_bound=
 _OUT = flags.DEFINE_string("out", "experiments/results", "Where table and figure go.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/study_ddo_tokens", "Where the models go.")
 _STEPS = flags.DEFINE_integer("num_steps", 2_000, "Steps of pretraining.", lower_bound=50)
-_ROUND_STEPS = flags.DEFINE_integer("round_steps", 100, "Steps of a round.", lower_bound=4)
+_ROUND_STEPS = flags.DEFINE_integer("round_steps", 100, "Steps of a round.", lower_bound=2)
+_DEPTH = flags.DEFINE_integer("depth", 2, "Blocks of the model.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("num_samples", 4_000, "Samples behind each distance.")
 _BATCH = flags.DEFINE_integer("batch_size", 256, "Examples in a step.", lower_bound=1)
 _VARIANTS = flags.DEFINE_list("variants", None, "Kinds of samples; default all.")
@@ -103,7 +105,7 @@ class Model:
 def _pretraining(seed: int, num_steps: int) -> Any:
     config = digits_var.get_config()
     config.seed = seed
-    config.network = {"name": "VAR", "width": 32, "depth": 2, "num_heads": 2}
+    config.network = {"name": "VAR", "width": 32, "depth": _DEPTH.value, "num_heads": 2}
     config.batch_size = _BATCH.value
     config.num_steps = config.optimizer.decay_steps = num_steps
     config.optimizer.warmup_steps = min(100, num_steps // 4)
@@ -111,7 +113,7 @@ def _pretraining(seed: int, num_steps: int) -> Any:
     config.log_every = config.checkpoint_every = max(num_steps // 4 // 25 * 25, 25)
     config.evaluation.batch_size = 2_000
     config.evaluation.num_samples = min(config.evaluation.num_samples, _SAMPLES.value)
-    config.progress = False
+    config.progress = config.tensorboard = False
     return config
 
 
@@ -128,7 +130,8 @@ def play(model: Model, workdir: Path, rounds: int, **changes: Any) -> dict[str, 
         config.alpha, config.optimizer.learning_rate = ALPHAS, rate
         config.optimizer.warmup_steps = config.num_steps // 5
         config.selection_seeds = config.fresh_seeds = model.settings["num_samples"]
-        config.seed, config.progress = model.config.seed, False
+        config.seed = model.config.seed
+        config.progress = config.tensorboard = False
         config.update(changes)
         directory = workdir / f"rate{rate}"
         experiments.run(config, directory)
@@ -169,19 +172,20 @@ def continued(model: Model, workdir: Path, rounds: int) -> dict[str, Any]:
     return model.judged(candidates[best], best) | {"nll": held_out_nll(model, candidates[best])}
 
 
-def _log_likelihood(model: Model) -> Any:
-    """(params, tokens, labels) -> mean log-likelihood, and the codec with its variables."""
+@functools.lru_cache(maxsize=1)
+def _log_likelihood(model: Model) -> tuple[Callable[..., Any], ...]:
+    """(params, tokens, labels) -> mean log-likelihood, its gradient; and images -> tokens."""
     codec = next_scale.Codec(next_scale.tokenizer_of(model.config))
     network = next_scale.make_network(model.config, codec)
     of_inputs = objectives.autoregressive_log_likelihood(next_scale.apply_to_inputs(network))
     tokenizer = model.variables["tokenizer"]
 
-    @jax.jit
     def mean(params, tokens, labels):
         condition = (labels, codec.inputs(tokenizer, tokens))
         return jnp.mean(of_inputs({"params": params}, tokens, condition))
 
-    return mean, lambda images: jax.jit(codec.encode)(tokenizer, images)
+    encode = jax.jit(codec.encode)
+    return jax.jit(mean), jax.jit(jax.grad(mean)), functools.partial(encode, tokenizer)
 
 
 def _images(model: Model, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -194,16 +198,15 @@ def _images(model: Model, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def held_out_nll(model: Model, variables: Mapping[str, Any]) -> float:
     """Negative log-likelihood of the test split, in nats for an image."""
-    mean, encode = _log_likelihood(model)
+    mean, _, encode = _log_likelihood(model)
     images, labels = _images(model, "test")
     return -float(mean(variables["params"], encode(images), labels))
 
 
 def start_ratio(model: Model, directory: Path, roundtrip: bool) -> float:
     """||E_fake s|| / ||E_data s|| at the start of the first round, of its own pool."""
-    mean, encode = _log_likelihood(model)
+    _, gradient, encode = _log_likelihood(model)
     images, labels = _images(model, "train")
-    gradient = jax.grad(mean)
     real = gradient(model.variables["params"], encode(images), labels)
     pool = data.read_pool(directory)
     info = data.dataset_info("digits")
@@ -296,7 +299,7 @@ def main(argv: list[str]) -> None:
     config.num_steps = config.optimizer.decay_steps = _STEPS.value
     config.steps_per_call = 25
     config.checkpoint_every = config.log_every = max(_STEPS.value // 4 // 25 * 25, 25)
-    config.progress = False
+    config.progress = config.tensorboard = False
     training.train(experiments.build(config), workdir=workdir / "tokenizer", config=config)
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--workdir", "--out"))]
     rows: list[dict[str, Any]] = []

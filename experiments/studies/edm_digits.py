@@ -33,6 +33,7 @@ _OUT = flags.DEFINE_string("out", "experiments/results", "Where table and figure
 _WORKDIR = flags.DEFINE_string("workdir", "runs/study_edm_digits", "Where the models go.")
 _BUDGETS = flags.DEFINE_list("budgets", ["5", "9", "13", "19", "35"], "Evaluations.")
 _STEPS = flags.DEFINE_integer("num_steps", None, "Training steps; default the config's.")
+_BLOCKS = flags.DEFINE_integer("num_blocks", None, "Of the network; default the config's.")
 _SAMPLES = flags.DEFINE_integer("num_samples", 2000, "Samples behind each distance.")
 
 # Settings of each sampler for a budget of network evaluations. Under EDM Euler's method is DDIM.
@@ -56,8 +57,10 @@ def run(
     rows = []
     for seed in seeds:
         config = digits_edm.get_config()
-        config.seed = seed
+        config.seed, config.tensorboard = seed, False
         config.evaluation.num_samples = min(config.evaluation.num_samples, num_samples)
+        if _BLOCKS.value is not None:
+            config.network.num_blocks = _BLOCKS.value
         if num_steps is not None:
             config.num_steps = config.checkpoint_every = num_steps
         state = training.train(images.build(config), workdir=workdir / f"seed{seed}", config=config)

@@ -39,6 +39,7 @@ import matplotlib.pyplot as plt
 _OUT = flags.DEFINE_string("out", "experiments/results", "Where table and figure go.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Networks that are trained.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("num_steps", 500, "Optimiser steps of each.", lower_bound=2)
+_DEPTH = flags.DEFINE_integer("depth", 3, "Blocks of the network.", lower_bound=1)
 _WINDOWS = flags.DEFINE_list("windows", ["24", "16", "12", "8", "4"], "Edges of the windows.")
 _CROP = flags.DEFINE_integer(
     "crop", 128, "Edge of the crops in pixels.", lower_bound=16, upper_bound=200
@@ -46,9 +47,13 @@ _CROP = flags.DEFINE_integer(
 
 PATCH, SPLIT, SIGMA = 4, 440, 0.5
 BATCH, TEST_CROPS = 4, 8
-NETWORK = {"patch_size": PATCH, "width": 96, "depth": 3, "num_heads": 3}
+NETWORK = {"patch_size": PATCH, "width": 96, "num_heads": 3}
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def make_network(**fields: Any) -> DiT:
+    return DiT(**NETWORK, depth=_DEPTH.value, **fields)
 
 
 def side() -> int:
@@ -73,7 +78,7 @@ def load_images() -> list[np.ndarray]:
 
 
 def denoise(attention: Attention, variables: Any, noisy: jax.Array) -> jax.Array:
-    network = DiT(**NETWORK, attention=attention)
+    network = make_network(attention=attention)
     return noisy + network.apply(variables, noisy, jnp.zeros(len(noisy)))
 
 
@@ -115,7 +120,7 @@ def variants(window: int) -> dict[str, Attention]:
 def train(seed: int, attention: Attention, num_steps: int) -> tuple[Any, float]:
     """(variables, seconds of the processor), compiling not counted."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, num_steps))
-    network = DiT(**NETWORK)
+    network = make_network()
     example = jnp.zeros((1, _CROP.value, _CROP.value, 3))
     variables = network.init(jax.random.key(seed), example, jnp.zeros(1))
     rng = np.random.default_rng(seed)

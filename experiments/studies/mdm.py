@@ -55,10 +55,12 @@ _KINDS = flags.DEFINE_list("kinds", ["exact", "float32"], "Kinds of ancestral sa
 _WORKDIR = flags.DEFINE_string("workdir", "runs/study_mdm", "Where the models go.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Models that are trained.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("num_steps", 1_500, "Optimiser steps of each.", lower_bound=2)
+_DEPTH = flags.DEFINE_integer("depth", 3, "Blocks of the network.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 128, "Tokens of a sequence.", lower_bound=4)
 _SAMPLES = flags.DEFINE_integer("num_samples", 256, "Sequences of each arm.", lower_bound=2)
 _BATCH = flags.DEFINE_integer("batch_size", 128, "Sequences that are drawn at once.", lower_bound=2)
 _GRID = flags.DEFINE_list("sampling_steps", ["128", "1024", "4096"], "Values of T.")
+_BOUND_DRAWS = flags.DEFINE_integer("bound_draws", 8, "Draws of masks for the held-out bound.")
 _RATES = flags.DEFINE_list("rates", ["1e-2", "1e-3"], "Probabilities of being unmasked in a step.")
 _DRAWS = flags.DEFINE_integer("draws", 20_000, "Draws of each row behind a rate.", lower_bound=10)
 
@@ -75,9 +77,10 @@ class Model:
         config.seed = seed
         config.num_steps = config.optimizer.decay_steps = _STEPS.value
         config.steps_per_call = min(config.steps_per_call, _STEPS.value)
-        config.data.length = _LENGTH.value
+        config.data.length, config.network.depth = _LENGTH.value, _DEPTH.value
         config.eval_every, config.checkpoint_every = 0, _STEPS.value
-        config.evaluation.metrics = ("nelbo",)
+        config.evaluation.update({"metrics": ("nelbo",), "num_draws": _BOUND_DRAWS.value})
+        config.tensorboard = False
         directory = Path(_WORKDIR.value) / str(seed)
         self.experiment = experiments.build(config)
         training.train(self.experiment, workdir=directory, config=config)
