@@ -6,6 +6,7 @@ law of its samples, in whatever order they are unmasked, follows by sums: exactl
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -129,11 +130,11 @@ def ancestral_law(
                 if token < vocabulary:
                     choices.append([(token, 1.0)])
                 else:
-                    drawn = reveal * table[(*state, i)]
+                    drawn = (reveal * table[(*state, i)]).tolist()
                     choices.append([(vocabulary, 1 - reveal), *enumerate(drawn)])
             for picks in itertools.product(*choices):
                 new = tuple(token for token, _ in picks)
-                part = weight * float(np.prod([p for _, p in picks]))
+                part = weight * math.prod(p for _, p in picks)
                 following[new] = following.get(new, 0.0) + part
         weights = following
     return _as_array(weights, length, vocabulary)

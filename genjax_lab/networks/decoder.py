@@ -270,7 +270,7 @@ class Decoder(nn.Module):
         """
         if self.scan or not self.causal:
             raise ValueError("decode needs causal=True and scan=False; see networks.unstacked")
-        x = self.embedding[tokens].astype(self.dtype)[:, None]
+        x = jnp.asarray(self.embedding)[tokens].astype(self.dtype)[:, None]
         angles = rotary_angles(positions[:, None], self._head_dim, base=self.rope_theta)
         columns = ring[0][0].shape[2]
         seen = (column - jnp.arange(columns)) % columns <= age[:, None]
@@ -294,7 +294,7 @@ class Decoder(nn.Module):
         if self.causal:
             mask &= before
         angles = rotary_angles(jnp.maximum(positions, 0), self._head_dim, base=self.rope_theta)
-        x = self.embedding[tokens].astype(self.dtype)
+        x = jnp.asarray(self.embedding)[tokens].astype(self.dtype)
         if self.scan:
             x, cache = self.blocks(x, angles, mask[:, None])
         else:
@@ -408,7 +408,7 @@ def _attend_parts(query, *parts):
     logits = []
     for keys, _, visible in parts:
         groups, kv_heads, columns, _ = keys.shape
-        q = query.reshape(groups, -1, kv_heads, heads // kv_heads, head_dim)
+        q = query.reshape(groups, answers // groups, kv_heads, heads // kv_heads, head_dim)
         part = jnp.einsum("nkhgd,nhcd->nhkgc", q, keys, preferred_element_type=exact)
         part = jnp.where(visible[:, None, None, None], part, jnp.finfo(exact).min)
         part = jnp.moveaxis(part, 1, 2).reshape(answers, heads, columns)
@@ -418,7 +418,7 @@ def _attend_parts(query, *parts):
     for _, values, _ in parts:
         groups, kv_heads, columns, _ = values.shape
         w = weights[..., first : first + columns]
-        w = w.reshape(groups, -1, kv_heads, heads // kv_heads, columns)
+        w = w.reshape(groups, answers // groups, kv_heads, heads // kv_heads, columns)
         part = jnp.einsum("nkhgc,nhcd->nkhgd", w, values, preferred_element_type=exact)
         out, first = out + part.reshape(answers, 1, heads, head_dim), first + columns
     return out.astype(query.dtype)

@@ -126,7 +126,9 @@ def answer_objective(
         if entropy_coefficient:
             value -= entropy_coefficient * aggregate(entropies, mask, batch["weights"])
         if kl_coefficient:
-            divergence = kl_estimate(log_probs, batch["reference_log_probs"], kl_kind)
+            # Replaced where hidden: a NaN there would come back in gradients.
+            reference = jnp.where(mask, batch["reference_log_probs"], 0)
+            divergence = kl_estimate(log_probs, reference, kl_kind)
             value += kl_coefficient * aggregate(divergence, mask, batch["weights"])
             metrics["kl"] = masked_mean(divergence, mask)
         return value, metrics

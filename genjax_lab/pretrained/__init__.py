@@ -4,7 +4,7 @@ Files are .npz or .safetensors, which hold arrays only; a pickle is read by `loa
 which admits arrays and nothing else.
 """
 
-from genjax_lab.pretrained import edm, mdlm, natten, var
+from genjax_lab.pretrained import edm, llada, mdlm, natten, qwen2, var
 from genjax_lab.pretrained.unpickle import load_arrays
 
-__all__ = ["edm", "load_arrays", "mdlm", "natten", "var"]
+__all__ = ["edm", "llada", "load_arrays", "mdlm", "natten", "qwen2", "var"]

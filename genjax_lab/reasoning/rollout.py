@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-STRATEGIES = ("backfill", "replace")
+STRATEGIES = ("backfill", "replace", "partial")
 
 
 class AnsweredProblem(NamedTuple):
@@ -133,7 +133,8 @@ def collect_groups(
             never are. None keeps all.
         max_batches: batches that may be asked for.
         strategy: "backfill" asks until there are enough; "replace" asks once and repeats what was
-            kept, in its order, for what is missing.
+            kept, in its order, for what is missing; "partial" goes on with what there is after
+            `max_batches`, and fills up with useless ones, which are not to be learned from.
         carried: useful ones of before, which come first.
 
     Raises:
@@ -146,25 +147,30 @@ def collect_groups(
         )
     if band is not None and not 0 <= band[0] < band[1] <= 1:
         raise ValueError(f"band={band} must be two increasing numbers in [0, 1]")
-    useful, ledger = list(carried), Ledger()
+    useful, useless, ledger = list(carried), [], Ledger()
     while len(useful) < num_groups and ledger.batches < max_batches:
         if strategy == "replace" and ledger.batches:
             break
         answered, slot_steps = ask()
         ledger += _count(answered, slot_steps)
-        useful += [group for group in answered if is_useful(group.outcome, band)]
+        for group in answered:
+            (useful if is_useful(group.outcome, band) else useless).append(group)
     if strategy == "replace" and useful:
         useful = [useful[i % len(useful)] for i in range(max(num_groups, len(useful)))]
-    if len(useful) < num_groups:
+    groups, left_over = useful[:num_groups], useful[num_groups:]
+    kept = sum(int(group.answer_mask.sum()) for group in groups)
+    ledger += Ledger(kept_questions=len(groups), kept_tokens=kept)
+    if strategy == "partial":
+        missing = num_groups - len(groups)
+        fillers = useless or useful
+        groups = groups + [fillers[i % len(fillers)] for i in range(missing)]
+    if len(groups) < num_groups:
         raise ValueError(
             f"only {len(useful)} of num_groups={num_groups} questions had both right and wrong "
             f"answers in {ledger.batches} batches of {ledger.questions // ledger.batches}: "
             f"{ledger.right} of {ledger.answers} answers were right. Ask more at a time, allow "
             "more batches (max_batches), or begin with a model that is neither so good nor so bad"
         )
-    groups, left_over = useful[:num_groups], useful[num_groups:]
-    kept = sum(int(group.answer_mask.sum()) for group in groups)
-    ledger += Ledger(kept_questions=len(groups), kept_tokens=kept)
     return Collected(groups, left_over, ledger)
 
 

@@ -17,7 +17,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from genjax_lab.data.batch_order import BatchOrder
 from genjax_lab.objectives import answer_batch, group_statistics, importance_weights
 from genjax_lab.reasoning.problems import Task
-from genjax_lab.reasoning.rollout import AnsweredProblem, Collected, Ledger, collect_groups
+from genjax_lab.reasoning.rollout import (
+    AnsweredProblem,
+    Collected,
+    Ledger,
+    collect_groups,
+    is_useful,
+)
 from genjax_lab.reasoning.tokens import Codec
 from genjax_lab.samplers import Generation
 
@@ -205,7 +211,7 @@ class AnswerStream:
         )
         self._carried = collected.left_over if settings.carry_over else []
         rows = self._rows(collected, carried)
-        trained = settings.epochs * int(rows["answer_mask"].sum())
+        trained = settings.epochs * int(rows["answer_mask"][rows["useful"]].sum())
         self.ledger += collected.ledger + Ledger(trained_tokens=trained)
         return self._minibatches(rows)
 
@@ -242,6 +248,7 @@ class AnswerStream:
             "sampler_log_probs": np.concatenate([g.log_probs for g in groups]),
             "outcome": np.concatenate([g.outcome for g in groups]).astype(np.float32),
             "truncated": np.concatenate([g.truncated for g in groups]),
+            "useful": np.repeat([is_useful(g.outcome, settings.band) for g in groups], count),
             "ids": np.repeat(np.arange(len(groups), dtype=np.int32), count),
         }
         rows["statistics"] = np.tile(
@@ -285,7 +292,7 @@ class AnswerStream:
     def _minibatch(self, rows, statistics, chosen: np.ndarray) -> dict[str, np.ndarray]:
         settings = self._settings
         part = {name: array[chosen] for name, array in rows.items()}
-        mask = part["answer_mask"]
+        mask = part["answer_mask"] & part["useful"][:, None]
         if settings.mask_truncated:
             mask = mask & ~part["truncated"][:, None]
         more = {}
@@ -355,7 +362,7 @@ def rollout_statistics(collected: Collected) -> dict[str, float]:
     mean = lambda x: float(x.mean()) if x.size else 0.0  # noqa: E731
     values = (
         ledger.right / max(ledger.answers, 1),
-        len(collected.groups) / max(ledger.questions, 1),
+        ledger.kept_questions / max(ledger.questions, 1),
         ledger.truncated / max(ledger.answers, 1),
         mean(lengths[right]),
         mean(lengths[~right]),

@@ -3,7 +3,8 @@
 The array store below a checkpoint notices missing and shortened files, but a flipped bit in a
 data file may come back as a different number. A checksum of the values themselves is stored beside
 them and compared on reading. It is computed where the values live, needs no copy, and is the same
-for every sharding because integer sums do not depend on their order.
+for every sharding because integer sums do not depend on their order. Small arrays on a CPU are left
+to numpy: compiling a program for every shape would take longer than the sums.
 """
 
 import hashlib
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
+# Up to that many elements numpy takes milliseconds.
+_SMALL = 2**20
+
 
 def tree_checksums(tree: PyTree[Shaped[Array, "..."]]) -> dict[str, int]:
     """A 32-bit checksum of every leaf, by its path in the tree (names joined by "/").
@@ -24,7 +28,7 @@ def tree_checksums(tree: PyTree[Shaped[Array, "..."]]) -> dict[str, int]:
     """
     # One at a time: hundreds of collective programs in flight can lock up XLA's CPU threads.
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): int(np.asarray(_checksum(leaf)))
+        jax.tree_util.keystr(path, simple=True, separator="/"): _checksum(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
@@ -39,8 +43,33 @@ def tree_digest(tree: PyTree[Shaped[Array, "..."]]) -> str:
     return hashlib.sha256(json.dumps([tree_checksums(tree), shapes]).encode()).hexdigest()
 
 
+def _checksum(x: Shaped[Array, "..."]) -> int:
+    if x.size <= _SMALL and _is_whole_on_host(x):
+        return _sum_on_host(np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)))
+    return int(np.asarray(_compiled_sum(x)))
+
+
+def _is_whole_on_host(x: Shaped[Array, "..."]) -> bool:
+    if not isinstance(x, jax.Array):
+        return True
+    return x.is_fully_replicated and all(d.platform == "cpu" for d in x.sharding.device_set)
+
+
+def _sum_on_host(x: Shaped[np.ndarray, "..."]) -> int:
+    """The same as `_compiled_sum`."""
+    size, flat = x.dtype.itemsize, np.ascontiguousarray(x).reshape(-1)
+    if size < 4:
+        words = flat.view(f"uint{8 * size}").astype(np.uint32)[:, None]
+    else:
+        words = flat.view(np.uint32).reshape(x.size, size // 4)
+    position = np.add.outer(np.arange(x.size), np.arange(words.shape[1]) * 0x9E3779B9)
+    return (
+        x.size + int(np.sum(_mixed(words, position.astype(np.uint32)), dtype=np.uint32))
+    ) % 2**32
+
+
 @jax.jit
-def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+def _compiled_sum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     total = jnp.uint32(math.prod(x.shape) % 2**32)
     for word, bits in enumerate(_words(x)):
         # The position enters too, so that permuted values do not pass for the same. Built from one
@@ -52,10 +81,14 @@ def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
                 stride % 2**32
             )
             stride *= x.shape[axis]
-        mixed = (bits ^ (position * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
-        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35)
-        total += jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+        total += jnp.sum(_mixed(bits, position), dtype=jnp.uint32)
     return total
+
+
+def _mixed(bits: UInt32[Array, "..."], position: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    mixed = (bits ^ (position * np.uint32(0x9E3779B9))) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0xC2B2AE35)
+    return mixed ^ (mixed >> 13)
 
 
 def _words(x: Array) -> list[Array]:

@@ -149,8 +149,12 @@ def test_killed_run_goes_on_to_the_same_bits(tmp_path, cache):
     np.testing.assert_array_equal(distances(whole), distances(broken))
 
 
+SIDE = 14  # of images; no kernel depends on it
+
+
 def small(config, **fields):
     config.network.update(fields)
+    config.data.image_shape = (SIDE, SIDE, 1)
     config.batch_size = 8
     return config
 
@@ -169,7 +173,7 @@ def test_train_step_of_other_networks_on_every_axis_is_that_on_one_device(networ
     variables = jax.device_get(experiment.init(key))
     rng = np.random.default_rng(0)
     batch = {
-        "image": rng.normal(size=(1, 8, 28, 28, 1)).astype(np.float32),
+        "image": rng.normal(size=(1, 8, SIDE, SIDE, 1)).astype(np.float32),
         "label": rng.integers(10, size=(1, 8)),
     }
     results = []

@@ -26,6 +26,7 @@ def test_sampler_study_writes_its_table_and_figure(tmp_path):
         "studies.edm_digits",
         "--seeds=1",
         "--num_steps=50",
+        "--num_blocks=1",
         "--budgets=3,5",
         "--num_samples=60",
         f"--out={tmp_path}",
@@ -41,7 +42,13 @@ def test_ddo_study_compares_every_alternative(tmp_path):
     start(
         "studies.ddo",
         *("--seeds=1", "--rounds=1", "--num_steps=100", "--round_steps=50", "--num_samples=60"),
-        *("--learning_rates=1e-3", "--gains=1", "--guidance=2", "--batch_size=32"),
+        *(
+            "--learning_rates=1e-3",
+            "--gains=1",
+            "--guidance=2",
+            "--batch_size=32",
+            "--num_blocks=1",
+        ),
         *(f"--out={tmp_path}", f"--workdir={tmp_path}/runs"),
     )
     result = json.loads((tmp_path / "ddo.json").read_text())
@@ -55,8 +62,14 @@ def test_ddo_study_compares_every_alternative(tmp_path):
 def test_token_study_compares_every_alternative(tmp_path):
     start(
         "studies.ddo_tokens",
-        *("--seeds=1", "--rounds=1", "--num_steps=50", "--round_steps=4", "--num_samples=60"),
-        *("--variants=hot roundtrip", "--learning_rates=1e-3", "--guidance=", "--batch_size=32"),
+        *("--seeds=1", "--rounds=1", "--num_steps=50", "--round_steps=2", "--num_samples=60"),
+        *(
+            "--variants=hot roundtrip",
+            "--learning_rates=1e-3",
+            "--guidance=",
+            "--batch_size=32",
+            "--depth=1",
+        ),
         *(f"--out={tmp_path}", f"--workdir={tmp_path}/runs"),
     )
     table = json.loads((tmp_path / "ddo_tokens.json").read_text())["summary"]["table"]
@@ -103,7 +116,9 @@ def test_sampler_benchmark_prints_a_ratio(tmp_path):
 
 def test_windows_study_compares_windows_and_controls(tmp_path):
     start(
-        "studies.gna", "--seeds=1", "--num_steps=2", "--windows=8", "--crop=64", f"--out={tmp_path}"
+        "studies.gna",
+        *("--seeds=1", "--num_steps=2", "--depth=1", "--windows=8", "--crop=64"),
+        f"--out={tmp_path}",
     )
     result = json.loads((tmp_path / "gna.json").read_text())
     assert set(result["swapped"]["8"]) == {
@@ -127,7 +142,7 @@ def test_masked_diffusion_study_compares_draws(tmp_path):
     start(
         "studies.mdm",
         *("--seeds=1", "--num_steps=2", "--length=8", "--num_samples=4", "--batch_size=2"),
-        *("--sampling_steps=4", "--rates=1e-2", "--draws=10"),
+        *("--sampling_steps=4", "--rates=1e-2", "--draws=10", "--depth=1", "--bound_draws=1"),
         *(f"--out={tmp_path}", f"--workdir={tmp_path}/runs"),
     )
     result = json.loads((tmp_path / "mdm.json").read_text())

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from genjax_lab.parallel import make_mesh, parameter_shardings
-from genjax_lab.training import Checkpoints, default_config, restore, restore_config
+from genjax_lab.training import Checkpoints, checksum, default_config, restore, restore_config
 from genjax_lab.training.checkpoint import checkpoint_steps, set_aside_later_steps
 from genjax_lab.training.checksum import tree_checksums
 from genjax_lab.training.config import resolve_config
@@ -289,15 +289,26 @@ def test_best_metric_must_be_evaluated(tmp_path):
         save_steps(tmp_path, (1,), metrics={1: {"fid": 1.0}}, **changes)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "complex64"])
 def test_checksums_are_the_same_for_every_sharding_and_see_every_change(dtype):
     values = jnp.asarray(np.random.default_rng(0).integers(0, 2, size=(8, 16)), dtype)
-    (checksum,) = tree_checksums(np.asarray(values)).values()
+    (found,) = tree_checksums(np.asarray(values)).values()
     for sizes in ((8, 1, 1), (2, 2, 2)):
         mesh = make_mesh(*sizes)
         split = jax.device_put(values, parameter_shardings(values, mesh, min_size=1))
-        assert tree_checksums(split) == {"": checksum}
+        assert tree_checksums(split) == {"": found}
     changed = values.at[3, 5].set(1 - values[3, 5]) if dtype != "bool" else ~values
     swapped = values[:, ::-1]
     for other in (changed, swapped, values.reshape(16, 8).T, values[:4]):
-        assert tree_checksums(other) != {"": checksum}
+        assert tree_checksums(other) != {"": found}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "complex128", "float32", "float16"])
+def test_checksums_of_small_and_of_large_arrays_are_the_same(dtype, monkeypatch):
+    """The small ones are summed by numpy, the large ones by a compiled program."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        values = [jnp.asarray(1e3 * rng.normal(size=s)).astype(dtype) for s in ((), (0, 3), (5, 7))]
+        small = tree_checksums(values)
+        monkeypatch.setattr(checksum, "_SMALL", -1)
+        assert tree_checksums(values) == small
