@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import sys
 import warnings
 
 import jax
@@ -31,3 +33,9 @@ def quiet_libraries() -> None:
     for name in ("absl", "orbax", "jax", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="orbax")
+
+
+def shown_command(program: str) -> str:
+    """The command of a study or benchmark as results tell it: without where things were written."""
+    shown = [part for part in sys.argv[1:] if not part.startswith(("--out", "--workdir"))]
+    return " ".join([f"python -m experiments.{program}", shlex.join(shown)]).strip()

@@ -12,7 +12,6 @@ experiments/results/ddo_step.json.
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from absl import app, flags
 
 from experiments.benchmarks import torch_networks
 from experiments.benchmarks.interleaved import interleaved_seconds
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import networks, processes
 from genjax_lab.objectives import ddo_denoising, ddo_denoising_grid, denoising
 from genjax_lab.training import half_life_ema, make_train_step
@@ -163,7 +162,7 @@ def main(argv: list[str]) -> None:
     table = measure(_REPEATS.value, _STEPS.value)
     print(json.dumps(table, indent=1))
     result = {
-        "command": " ".join(["python -m experiments.benchmarks.ddo_step", *sys.argv[1:]]),
+        "command": shown_command("benchmarks.ddo_step"),
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "torch": torch.__version__,

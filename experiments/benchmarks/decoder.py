@@ -18,7 +18,6 @@ Programs take turns in one process, after warm-up; the table has medians. Writes
 
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import optax
 from absl import app, flags
 
 from experiments.benchmarks.interleaved import Program, interleaved_seconds
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import networks, objectives, pretrained, samplers, training
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed repetitions.", lower_bound=1)
@@ -305,7 +304,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     quiet_libraries()
     result: dict[str, Any] = {
-        "command": " ".join(["python -m experiments.benchmarks.decoder", *sys.argv[1:]]),
+        "command": shown_command("benchmarks.decoder"),
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
         "batch_size": _BATCH.value,

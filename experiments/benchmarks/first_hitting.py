@@ -18,7 +18,6 @@ warm-up; the table has medians. Writes first_hitting.json.
 """
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from absl import app, flags
 from jax.tree_util import Partial
 
 from experiments.benchmarks.interleaved import Program, interleaved_seconds
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import networks, samplers
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed repetitions of each program.", lower_bound=1)
@@ -141,9 +140,8 @@ def main(_: Sequence[str]) -> None:
         seconds = interleaved_seconds(sampling_programs(denoiser), repeats=_SAMPLINGS.value)
         sampling[name] = relative(seconds, "first hitting")
         print(name, sampling[name], flush=True)
-    shown = [part for part in sys.argv[1:] if not part.startswith("--out")]
     result = {
-        "command": " ".join(["python -m experiments.benchmarks.first_hitting", *shown]),
+        "command": shown_command("benchmarks.first_hitting"),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "length": _LENGTH.value,

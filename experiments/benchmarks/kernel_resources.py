@@ -13,7 +13,6 @@ import functools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,7 +170,7 @@ def main(_) -> None:
     import triton
 
     result = {
-        "command": " ".join(["python -m experiments.benchmarks.kernel_resources", *sys.argv[1:]]),
+        "command": shown_command("benchmarks.kernel_resources"),
         "jax": jax.__version__,
         "triton": triton.__version__,
         "limits": {"spill": MAX_SPILL, "shared": {f"sm_{t}": s for t, s in MAX_SHARED.items()}},

@@ -16,8 +16,6 @@ import functools
 import json
 import math
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +30,7 @@ import torch
 from absl import app, flags
 
 from experiments.benchmarks.interleaved import Program, interleaved_seconds
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab.attention import NeighborhoodSpec, box_tile, neighborhood_attention, simulate
 from genjax_lab.attention.shapes import SMALL_SHAPES
 
@@ -229,9 +227,7 @@ def main(_: Sequence[str]) -> None:
 def write(table: dict[str, dict[str, Any]], out: Path) -> None:
     """Writes table and figure."""
     summary = {
-        "command": shlex.join(
-            ["python", "-m", "experiments.benchmarks.neighborhood_attention", *sys.argv[1:]]
-        ),
+        "command": shown_command("benchmarks.neighborhood_attention"),
         "jax": jax.__version__,
         "torch": torch.__version__,
         "repeats": _REPEATS.value,

@@ -18,8 +18,6 @@ Writes experiments/results/neighborhood_gpu.json after each shape.
 import functools
 import json
 import math
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -235,9 +233,7 @@ def main(_: Sequence[str]) -> None:
         table[name] = measure(named[name], _REPEATS.value, dense)
         print(name, json.dumps(table[name]), flush=True)
         summary = {
-            "command": shlex.join(
-                ["python", "-m", "experiments.benchmarks.neighborhood_gpu", *sys.argv[1:]]
-            ),
+            "command": shown_command("benchmarks.neighborhood_gpu"),
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "repeats": _REPEATS.value,

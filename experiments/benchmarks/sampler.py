@@ -9,7 +9,6 @@ per second and their ratio (above 1: we are faster); writes experiments/results/
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from absl import app, flags
 
 from experiments.benchmarks.cases import CASES, Case
 from experiments.benchmarks.interleaved import interleaved_seconds
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import processes, samplers
 
 _CASES = flags.DEFINE_list("cases", ["mlp", "dit"], "Which networks.")
@@ -103,7 +102,7 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": " ".join(["python -m experiments.benchmarks.sampler", *sys.argv[1:]]),
+        "command": shown_command("benchmarks.sampler"),
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "torch": torch.__version__,

@@ -10,7 +10,6 @@ experiments/results/train_step.json.
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from absl import app, flags
 
 from experiments.benchmarks.cases import CASES, Case
 from experiments.benchmarks.interleaved import interleaved_seconds
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import processes
 from genjax_lab.objectives import denoising
 from genjax_lab.training import half_life_ema, make_train_step
@@ -118,7 +117,7 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": " ".join(["python -m experiments.benchmarks.train_step", *sys.argv[1:]]),
+        "command": shown_command("benchmarks.train_step"),
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "torch": torch.__version__,

@@ -21,7 +21,6 @@ rounds of the first seed logged.
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ import experiments
 from configs import digits_ddo, digits_edm
 from experiments import images, self_play
 from experiments.image_data import make_batches
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import data, evaluation, training
 from genjax_lab.objectives import extrapolate
 
@@ -359,8 +358,7 @@ def main(argv: list[str]) -> None:
     }
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    arguments = [a for a in sys.argv[1:] if not a.startswith(("--workdir", "--out"))]
-    command = " ".join(["python -m experiments.studies.ddo", *arguments])
+    command = shown_command("studies.ddo")
     rows: list[dict[str, Any]] = []
     for seed in range(_SEEDS.value):
         rows.append(run_seed(seed, Path(_WORKDIR.value) / f"seed{seed}", _ROUNDS.value, settings))

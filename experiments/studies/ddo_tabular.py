@@ -12,7 +12,6 @@ whether the reference is a minimum or a saddle depends on alpha. Writes ddo_tabu
 
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab.objectives import ddo_loss, tilted_optimum
 
 matplotlib.use("Agg")  # no display is needed to write a file
@@ -200,7 +199,7 @@ def main(argv: list[str]) -> None:
         table, arrays = study(_STEPS.value)
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m experiments.studies.ddo_tabular", *sys.argv[1:]])
+    command = shown_command("studies.ddo_tabular")
     result = {"command": command, "num_steps": _STEPS.value, "table": table}
     (out / "ddo_tabular.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(arrays, out / "ddo_tabular.png")

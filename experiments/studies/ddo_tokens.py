@@ -22,7 +22,6 @@ exact samples leave only the noise of sampling of it. Writes ddo_tokens.json and
 import functools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +37,7 @@ import experiments
 from configs import digits_tokenizer, digits_var, digits_var_ddo
 from experiments import next_scale
 from experiments.image_data import make_batches
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import data, objectives, training
 
 matplotlib.use("Agg")  # no display is needed to write a file
@@ -301,7 +300,6 @@ def main(argv: list[str]) -> None:
     config.checkpoint_every = config.log_every = max(_STEPS.value // 4 // 25 * 25, 25)
     config.progress = config.tensorboard = False
     training.train(experiments.build(config), workdir=workdir / "tokenizer", config=config)
-    arguments = [a for a in sys.argv[1:] if not a.startswith(("--workdir", "--out"))]
     rows: list[dict[str, Any]] = []
     for seed in range(_SEEDS.value):
         folder = workdir / f"seed{seed}"
@@ -309,7 +307,7 @@ def main(argv: list[str]) -> None:
         summary = summarise(rows)
         print(json.dumps(rows[-1]), flush=True)
         result = {
-            "command": " ".join(["python -m experiments.studies.ddo_tokens", *arguments]),
+            "command": shown_command("studies.ddo_tokens"),
             **settings,
             "minutes": round((time.monotonic() - started) / 60, 1) if whole else None,
             "summary": summary,

@@ -10,7 +10,6 @@ the same quality. Writes edm_digits.json and edm_digits.png.
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from absl import app, flags
 
 from configs import digits_edm
 from experiments import images
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import training
 
 matplotlib.use("Agg")  # no display is needed to write a file
@@ -133,7 +132,7 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": " ".join(["python -m experiments.studies.edm_digits", *sys.argv[1:]]),
+        "command": shown_command("studies.edm_digits"),
         "num_seeds": _SEEDS.value,
         "num_samples": _SAMPLES.value,
         "minutes": round((time.monotonic() - started) / 60, 1),

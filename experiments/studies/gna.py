@@ -13,7 +13,6 @@ same seed. Writes gna.json and gna.png.
 
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from absl import app, flags
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab.attention import NeighborhoodSpec, dense_attention, neighborhood_attention
 from genjax_lab.networks import DiT
 
@@ -274,7 +273,7 @@ def main(_: list[str]) -> None:
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": " ".join(["python -m experiments.studies.gna", *sys.argv[1:]]),
+        "command": shown_command("studies.gna"),
         "num_steps": _STEPS.value,
         "minutes": round((time.perf_counter() - start) / 60, 1),
         **result,

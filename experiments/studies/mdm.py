@@ -26,7 +26,6 @@ Whether first hitting is as good as exact sampling takes more samples than the s
 
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ from tqdm import tqdm
 
 import experiments
 from configs import pydoc_mdm
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from experiments.text import Text, make_network
 from genjax_lab import evaluation, samplers, training
 
@@ -319,9 +318,8 @@ def main(_: Sequence[str]) -> None:
         run["lattice"] = lattice(model, rates)
         runs.append(run)
     toy_row = toy()
-    shown = [part for part in sys.argv[1:] if not part.startswith(("--out", "--workdir"))]
     result = {
-        "command": " ".join(["python -m experiments.studies.mdm", *shown]),
+        "command": shown_command("studies.mdm"),
         "device": jax.devices()[0].device_kind,
         "minutes": round((time.perf_counter() - start) / 60, 1),
         "num_steps": _STEPS.value,

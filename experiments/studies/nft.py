@@ -21,7 +21,6 @@ import functools
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 import experiments
 from configs import arithmetic_nft, digit_sum_sft
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import networks, objectives, training
 
 matplotlib.use("Agg")  # no display is needed to write a file
@@ -305,13 +304,17 @@ def main(argv: list[str]) -> None:
     num_params = sum(x.size for x in jax.tree.leaves(parameters))
     table = tabulate(results, num_params)
     result = {
-        "command": " ".join(["python -m experiments.studies.nft", *sys.argv[1:]]),
+        "command": shown_command("studies.nft"),
         "seconds": time.perf_counter() - start,
         "parameters": num_params,
         "start": bases,
         "gradient_identity": identity(directory),
         "methods": table,
-        "curves": [{k: run[k] for k in ("method", "rate", "seed", "curve")} for run in results],
+        "curves": [
+            {k: run[k] for k in Run._fields}
+            | {k: [row[k] for row in run["curve"]] for k in ("step", *CURVES)}
+            for run in results
+        ],
     }
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)

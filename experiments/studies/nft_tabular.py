@@ -19,7 +19,6 @@ right with a probability only. Writes nft_tabular.json and nft_tabular.png.
 
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ import optax
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments.launch import quiet_libraries
+from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import objectives
 
 matplotlib.use("Agg")  # no display is needed to write a file
@@ -344,7 +343,7 @@ def main(argv: list[str]) -> None:
     table = {method: summary(curve, rates) for method, curve in curves.items()}
     fixed = theorem(_DESCENT.value)
     result = {
-        "command": " ".join(["python -m experiments.studies.nft_tabular", *sys.argv[1:]]),
+        "command": shown_command("studies.nft_tabular"),
         "device": jax.devices()[0].device_kind,
         "seconds": time.perf_counter() - start,
         "base_error": float(curves["NFT"]["error"][0, :, 0].mean()),
