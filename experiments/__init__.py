@@ -1,7 +1,8 @@
 """Launch, evaluate and sample: one program each, for every experiment; one builder per domain."""
 
+import ast
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -48,7 +49,11 @@ def run(config: ml_collections.ConfigDict, workdir: str, **options: Any) -> None
 
 
 def from_checkpoint(
-    directory: str, step: int | str | None = None, *, sigma_rel: float | None = None
+    directory: str,
+    step: int | str | None = None,
+    *,
+    sigma_rel: float | None = None,
+    changes: Sequence[str] = (),
 ) -> tuple[Experiment, Restored]:
     """The experiment and the state of a checkpoint, from its path alone.
 
@@ -57,14 +62,36 @@ def from_checkpoint(
       step: a step, its digits, or "best"; the last one if None.
       sigma_rel: evaluate and sample with a power-function average of this relative width, made of
         those that the run stored (arXiv 2312.02696, section 3.2), in place of the config's.
+      changes: fields of the config that are to be others than the run's, as "field.of=value".
+
+    Raises:
+      ValueError: if there is no such field, or as `restore` and `build`.
     """
     step = int(step) if isinstance(step, str) and step.isdigit() else step
     restored = restore(directory, step)
     mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # of these devices, whatever the run's were
     config = ml_collections.ConfigDict(restored.config | {"mesh": mesh})
+    for change in changes:
+        _change(config, change)
     if sigma_rel is not None:
         average = restore_posthoc(directory, sigma_rel, step=restored.step)["params"]
         state = restored.state.replace(ema={**restored.state.ema, "posthoc": average})
         restored = restored._replace(state=state)
         config.evaluation.ema = "posthoc"
-    return build(config), restored
+    return build(config), restored._replace(config=config.to_dict())
+
+
+def _change(config: ml_collections.ConfigDict, change: str) -> None:
+    name, equals, text = change.partition("=")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text  # a word or a path
+    try:
+        if not equals:
+            raise KeyError(name)
+        config.update_from_flattened_dict({name: value})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{change!r} does not change the run's config, it must be field.of=value: {error}"
+        ) from error

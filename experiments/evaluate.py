@@ -29,6 +29,9 @@ _RANGES = flags.DEFINE_integer(
     "seed_ranges", 3, "Ranges of seeds to take the minimum of.", lower_bound=2
 )
 _NUM = flags.DEFINE_integer("num", None, "Samples in a range; default that of the config.")
+_CHANGES = flags.DEFINE_multi_string(
+    "set", [], "A field of the run's config and its new value, as in --set=sampler.temperature=0.6."
+)
 _OUT = flags.DEFINE_string("out", None, "Where to write the JSON file.")
 
 
@@ -39,7 +42,7 @@ def main(argv: list[str]) -> None:
     connect()
 
     experiment, restored = experiments.from_checkpoint(
-        _CHECKPOINT.value, _STEP.value, sigma_rel=_SIGMA_REL.value
+        _CHECKPOINT.value, _STEP.value, sigma_rel=_SIGMA_REL.value, changes=_CHANGES.value
     )
     num = _NUM.value or ml_collections.ConfigDict(restored.config).evaluation.num_samples
     ranges = [range(i * num, (i + 1) * num) for i in range(_RANGES.value + 1)]

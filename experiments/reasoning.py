@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from ml_collections.config_dict import placeholder
 from tqdm import tqdm
 
@@ -364,6 +365,8 @@ def answer(
 ) -> samplers.Generation:
     """Answers to prompts; `options` of `samplers.generate`."""
     apart, variables = networks.unstacked(network, variables)
+    if network.dtype != jnp.float32:  # once, instead of in every step
+        variables = optax.tree.cast(variables, network.dtype)
     codec = questions.codec
     return samplers.generate(
         samplers.token_decoder(apart.apply, variables, questions.num_tokens),

@@ -24,6 +24,9 @@ _FIRST = flags.DEFINE_integer("first", 0, "Seed of the first sample.", lower_bou
 _BEFORE = flags.DEFINE_string(
     "before", None, "Directory of another run, whose samples of the same seeds are shown above."
 )
+_CHANGES = flags.DEFINE_multi_string(
+    "set", [], "A field of the run's config and its new value, as in --set=sampler.temperature=0.6."
+)
 _OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
 
 
@@ -33,7 +36,7 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     connect()
     experiment, restored = experiments.from_checkpoint(
-        _CHECKPOINT.value, _STEP.value, sigma_rel=_SIGMA_REL.value
+        _CHECKPOINT.value, _STEP.value, sigma_rel=_SIGMA_REL.value, changes=_CHANGES.value
     )
     seeds = range(_FIRST.value, _FIRST.value + _NUM.value)
 
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> None:
 
     samples, others = draw(experiment, restored.state), {}
     if _BEFORE.value:
-        other, earlier = experiments.from_checkpoint(_BEFORE.value)
+        other, earlier = experiments.from_checkpoint(_BEFORE.value, changes=_CHANGES.value)
         others["before"] = draw(other, earlier.state)
     if jax.process_index() == 0:
         experiment.write(samples, _OUT.value, **others)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -11,8 +12,10 @@ import pytest
 
 import configs
 import experiments
-from experiments import images, next_scale, self_play, token_rounds
+from experiments import images, next_scale, reasoning, self_play, token_rounds
 from genjax_lab.attention import NeighborhoodSpec
+from genjax_lab.objectives import Groups
+from genjax_lab.parallel import make_mesh, parameter_shardings
 from genjax_lab.training import (
     TrainState,
     default_config,
@@ -129,6 +132,61 @@ def test_full_size_text_model_has_the_size_of_its_layers_and_keeps_its_shapes():
     after, metrics = jax.eval_shape(train.step, state, {"tokens": tokens})
     assert metrics["nelbo"].shape == (1,)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+
+
+def answers_of(config, steps):
+    """Shapes of the batches of a rollout."""
+    rows = (steps, config.batch_size)
+    prompt, answer = (*rows, config.prompt_length), (*rows, config.answer_length)
+    shapes = {
+        "prompt": (prompt, jnp.int32),
+        "prompt_mask": (prompt, bool),
+        "answer": (answer, jnp.int32),
+        "answer_mask": (answer, bool),
+        "counted": (answer, bool),
+        "old_log_probs": (answer, jnp.float32),
+        "outcome": (rows, jnp.float32),
+        "weights": (rows, jnp.float32),
+        "group_ids": (rows, jnp.int32),
+    }
+    shapes |= {f"group_{name}": (rows, jnp.float32) for name in Groups._fields[1:]}
+    return {name: jax.ShapeDtypeStruct(*both) for name, both in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("qwen2_5_math_7b_nft", 7_615_616_512), ("qwen2_5_32b_nft", 32_763_876_352)],
+)
+def test_full_size_policy_has_the_published_size_and_is_split_over_a_mesh(name, count):
+    config = load(name)
+    settings = reasoning.settings_of(config)
+    assert settings.num_groups * settings.num_samples == 16 * config.batch_size == 8192
+    experiment = experiments.build(config)
+    variables = jax.eval_shape(experiment.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    train = make_train_step(
+        experiment.objective,
+        experiment.optimizer,
+        batch_size=config.batch_size,
+        mesh=mesh,
+        ema={},
+        accumulation_steps=config.accumulation_steps,
+        steps_per_call=config.steps_per_call,
+        max_grad_norm=config.max_grad_norm,
+        compute_dtype=jnp.bfloat16,
+    )
+    state = jax.eval_shape(train.init, variables, jax.random.key(0))
+    after, metrics = jax.eval_shape(train.step, state, answers_of(config, 16))
+    assert metrics["share_floored"].shape == (16,)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    shardings = parameter_shardings(state, mesh)
+    on_one = sum(
+        math.prod(sharding.shard_shape(leaf.shape))
+        for sharding, leaf in zip(jax.tree.leaves(shardings), jax.tree.leaves(state), strict=True)
+    )
+    # The parameters and the two moments of Adam: an eighth each, but for small leaves.
+    assert on_one == pytest.approx(3 * count / 8, rel=0.001)
 
 
 @pytest.mark.parametrize("name", sorted(ROUNDS))
