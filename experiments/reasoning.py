@@ -456,7 +456,7 @@ class AnswerJudge:
         settings, questions = self._config.evaluation, self._questions
         variables = state.variables(settings.get("ema"))
         parts = self._mesh().shape["data"] * self._mesh().shape["fsdp"]
-        size = -(-min(settings.batch_size // count, len(seeds)) // parts) * parts
+        size = -(-min(max(settings.batch_size // count, 1), len(seeds)) // parts) * parts
         tests = questions.task.test
         key = jax.random.fold_in(jax.random.key(self._config.seed), _SAMPLING_STREAM)
         for start in tqdm(range(0, len(seeds), size), disable=not progress, desc="answering"):
@@ -491,7 +491,7 @@ class AnswerJudge:
                 f"seeds must be whole blocks of answers_per_problem={count}, got {len(seeds)} "
                 f"from {seeds[0]}"
             )
-        outcomes, lengths, truncated, entropies = [], [], [], []
+        outcomes, lengths, truncated, entropies, tokens = [], [], [], [], []
         tests = questions.task.test
         for part, _, drawn in self._draw(state, seeds[::count], count, progress):
             flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
@@ -502,14 +502,15 @@ class AnswerJudge:
             outcomes.append(np.where(drawn.report.truncated, 0, outcome))
             lengths.append(drawn.report.lengths)
             truncated.append(drawn.report.truncated)
-            entropies.append(drawn.report.entropies.sum() / drawn.mask.sum())
+            entropies.append(drawn.report.entropies.sum())
+            tokens.append(drawn.mask.sum())
         result = evaluation.answer_summary(
             np.concatenate(outcomes),
             lengths=np.concatenate(lengths),
             truncated=np.concatenate(truncated),
             ks=sorted({1, count}),
         )
-        result["entropy"] = float(np.mean(entropies))
+        result["entropy"] = float(np.sum(entropies) / np.sum(tokens))
         wanted = tuple(metrics or settings.metrics) or tuple(result)
         if unknown := sorted(set(wanted) - set(result)):
             raise ValueError(f"metrics {unknown} are not in {sorted(result)}")
@@ -544,13 +545,19 @@ class AnswerJudge:
         everything = [np.ones_like(part, bool) for part in tokens]
         # Behind the end is the end again, and before a prompt, which are no text.
         prompts, answers = (codec.decode(*pair) for pair in zip(tokens, everything, strict=True))
-        by_prompt = {problem.prompt: problem for problem in task.test}
+        # By tokens: a tokenizer need not give back the text, such as that of special tokens.
+        tests = [problem for problem in task.test if codec.fits(problem.prompt)]
+        encoded = codec.encode_prompts([problem.prompt for problem in tests])[0]
+        by_tokens = {tuple(row): problem for row, problem in zip(encoded, tests, strict=True)}
         ended = np.isin(tokens[1], codec.end_ids).any(axis=1)
-        known = [by_prompt.get(prompt, reasoning.Problem(prompt, "")) for prompt in prompts]
+        known = [
+            by_tokens.get(tuple(row), reasoning.Problem(prompt, ""))
+            for row, prompt in zip(tokens[0], prompts, strict=True)
+        ]
         outcomes = np.where(ended, task.verify(known, answers), 0)
         return [
-            {"group": group, "prompt": p, "gold": k.gold, "answer": a, "outcome": float(o)}
-            for p, k, a, o in zip(prompts, known, answers, outcomes, strict=True)
+            {"group": group, "prompt": k.prompt, "gold": k.gold, "answer": a, "outcome": float(o)}
+            for k, a, o in zip(known, answers, outcomes, strict=True)
         ]
 
 

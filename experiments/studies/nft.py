@@ -53,7 +53,7 @@ _RATES = flags.DEFINE_list("rates", ["2e-4", "5e-4", "1e-3"], "Learning rates.")
 _METHODS = flags.DEFINE_list("methods", None, "Of METHODS; all by default.")
 _EVALUATIONS = flags.DEFINE_integer("evaluations", 10, "Of each run.", lower_bound=1)
 _ANSWERS = flags.DEFINE_integer("answers", 4096, "In each evaluation.", lower_bound=8)
-_WORKERS = flags.DEFINE_integer("workers", 2, "Runs at a time, each on a core.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", 2, "Processes, each on a core; 0 for this one.")
 
 METHODS: dict[str, dict[str, Any]] = {
     "NFT": {"method": "nft"},
@@ -145,6 +145,8 @@ def start_worker(cache: str, cores: Any) -> None:
 
 
 def in_parallel(function: Any, items: Sequence[Any], cache: str, name: str) -> list[Any]:
+    if _WORKERS.value < 1:
+        return [function(item) for item in tqdm(items, desc=name)]
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
     available = sorted(os.sched_getaffinity(0))

@@ -43,6 +43,7 @@ _OUT = flags.DEFINE_string("out", "experiments/results", "Where table and figure
 _SEEDS = flags.DEFINE_integer("seeds", 8, "Runs of each method and rate.", lower_bound=2)
 _STEPS = flags.DEFINE_integer("num_steps", 240, "Rollouts of each run.", lower_bound=4)
 _RATES = flags.DEFINE_list("rates", ["0.01", "0.02", "0.06", "0.12", "0.24"], "Learning rates.")
+_METHODS = flags.DEFINE_list("methods", None, "Of METHODS; all by default.")
 _DESCENT = flags.DEFINE_integer("descent", 4000, "Steps of Theorem 3.1.", lower_bound=10)
 
 DIGITS, LARGEST, BONUS, NOISE = 5, 45, 2.0, 0.5
@@ -306,7 +307,7 @@ def draw(curves: Mapping[str, Any], rates: list[float], fixed: Mapping[str, Any]
     shown = ("NFT", "GRPO", "DAPO", "RFT", "RFT, omega = 1 - r", "naive +-")
     figure, axes = plt.subplots(1, len(rates) + 1, figsize=(4 * len(rates) + 4, 3.6))
     for i, rate in enumerate(rates):
-        for method in shown:
+        for method in (name for name in shown if name in curves):
             error = curves[method]["error"][i].mean(axis=0)
             axes[i].plot(error, label=method, lw=1.2)
         axes[i].set(title=f"learning rate {rate}", xlabel="rollouts", yscale="log")
@@ -332,13 +333,16 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     quiet_libraries()
+    methods = _METHODS.value or list(METHODS)
+    if unknown := sorted(set(methods) - set(METHODS)) or "NFT" not in methods:
+        raise app.UsageError(f"methods must be NFT and others of {list(METHODS)}, not {unknown}")
     start, rates = time.perf_counter(), [float(rate) for rate in _RATES.value]
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(0), seed))(
         jnp.arange(_SEEDS.value)
     )
     curves = {
         method: jax.device_get(train(keys, jnp.asarray(rates), method, _STEPS.value))
-        for method in tqdm(METHODS)
+        for method in tqdm(methods)
     }
     table = {method: summary(curve, rates) for method, curve in curves.items()}
     fixed = theorem(_DESCENT.value)

@@ -1,24 +1,8 @@
-"""Studies and benchmarks start, finish and write what they promise, at a meaningless size."""
+"""Studies start, finish and write what they promise, at a meaningless size."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
-from quick_compilation import program_environment
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(module, *arguments):
-    subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *arguments],
-        cwd=ROOT,
-        env=program_environment(),
-        check=True,
-        timeout=900,
-    )
+from started_programs import start
 
 
 def test_sampler_study_writes_its_table_and_figure(tmp_path):
@@ -88,32 +72,6 @@ def test_tabular_study_reaches_both_optima(tmp_path):
     assert (tmp_path / "ddo_tabular.png").stat().st_size > 10_000
 
 
-@pytest.mark.oracle
-def test_ddo_benchmark_prints_its_ratios(tmp_path):
-    pytest.importorskip("torch")
-    start(
-        "benchmarks.ddo_step",
-        *("--repeats=1", "--steps=2", "--batch_size=32", "--num_blocks=1"),
-        f"--out={tmp_path}/d.json",
-    )
-    assert json.loads((tmp_path / "d.json").read_text())["table"]["ddo_over_mle"] > 0
-
-
-@pytest.mark.oracle
-def test_train_step_benchmark_prints_a_ratio(tmp_path):
-    pytest.importorskip("torch")
-    arguments = ("--cases=mlp", "--repeats=1", "--steps=2", f"--out={tmp_path}/t.json")
-    start("benchmarks.train_step", *arguments)
-    assert json.loads((tmp_path / "t.json").read_text())["table"]["mlp"]["ratio"] > 0
-
-
-@pytest.mark.oracle
-def test_sampler_benchmark_prints_a_ratio(tmp_path):
-    pytest.importorskip("torch")
-    start("benchmarks.sampler", "--cases=mlp", "--repeats=1", f"--out={tmp_path}/s.json")
-    assert json.loads((tmp_path / "s.json").read_text())["table"]["mlp"]["ratio"] > 0
-
-
 def test_windows_study_compares_windows_and_controls(tmp_path):
     start(
         "studies.gna",
@@ -126,16 +84,6 @@ def test_windows_study_compares_windows_and_controls(tmp_path):
     }
     assert result["trained_with_windows"]["processor_seconds_over_dense"][0] > 0
     assert (tmp_path / "gna.png").stat().st_size > 10_000
-
-
-@pytest.mark.oracle
-def test_attention_benchmark_compares_with_the_bound(tmp_path):
-    pytest.importorskip("torch")
-    arguments = ("--cases=tiny", "--repeats=1", f"--out={tmp_path}/n.json")
-    start("benchmarks.neighborhood_attention", *arguments)
-    (case,) = json.loads((tmp_path / "n.json").read_text())["cases"].values()
-    assert all(row["speed_up"] > 0 and row["bound"] >= 1 for row in case.values())
-    assert (tmp_path / "n.png").stat().st_size > 5_000
 
 
 def test_masked_diffusion_study_compares_draws(tmp_path):
@@ -153,12 +101,28 @@ def test_masked_diffusion_study_compares_draws(tmp_path):
     assert (tmp_path / "mdm.png").stat().st_size > 10_000
 
 
-def test_draw_benchmark_compares_with_a_plain_argmax(tmp_path):
+def test_study_of_exact_accuracy_compares_methods_and_reaches_the_policy_of_right_answers(tmp_path):
     start(
-        "benchmarks.first_hitting",
-        *("--repeats=1", "--rows=2", "--vocabularies=50", "--length=4", "--batch_size=2"),
-        f"--out={tmp_path}/f.json",
+        "studies.nft_tabular",
+        *("--seeds=2", "--num_steps=4", "--rates=0.06", "--methods=NFT,RFT", "--descent=3000"),
+        f"--out={tmp_path}",
     )
-    result = json.loads((tmp_path / "f.json").read_text())
-    assert result["draws"][0]["over argmax"]["exact"] > 0
-    assert result["sampling"]["draws alone"]["over first hitting"]["ancestral float64"] > 0
+    result = json.loads((tmp_path / "nft_tabular.json").read_text())
+    assert set(result["methods"]) == {"NFT", "RFT"}
+    assert all(row["0.06"]["error@4"] < result["base_error"] for row in result["methods"].values())
+    assert all(row["total_variation"] < 1e-3 for row in result["theorem"]["hard"].values())
+    assert (tmp_path / "nft_tabular.png").stat().st_size > 10_000
+
+
+def test_study_of_a_decoder_compares_methods_at_equal_cost(tmp_path):
+    start(
+        "studies.nft",
+        *("--seeds=1", "--rates=1e-3", "--methods=NFT", "--rollouts=2", "--pretraining=20"),
+        *("--evaluations=1", "--answers=64", "--workers=0"),
+        *(f"--out={tmp_path}", f"--workdir={tmp_path}/runs"),
+    )
+    result = json.loads((tmp_path / "nft.json").read_text())
+    assert result["methods"]["NFT"]["0.001"]["ledger"]["answers"] == 2 * 64 * 8
+    identity = result["gradient_identity"]["float64"]
+    assert identity["Dr.GRPO, epsilon = 1.0"] < 1e-12 < 0.01 < identity["Dr.GRPO, epsilon = 2.0"]
+    assert (tmp_path / "nft.png").stat().st_size > 10_000
