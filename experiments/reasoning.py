@@ -219,10 +219,14 @@ def make_objective(
     fields = dict(config.objective)
     options = {name: fields.pop(name) for name in _OF_OBJECTIVE if name in fields}
     if config.method == "sft":
-        return objectives.answer_likelihood(network.apply, **options)
+        try:
+            return objectives.answer_likelihood(network.apply, **options, **fields)
+        except TypeError as error:
+            raise ValueError(f"config.objective does not fit 'sft': {error}") from error
     method = method_of(config)
     for name in ("aggregation", "constant"):
         fields.pop(name, None)
+    _check_options(config.method, fields)
     objective = objectives.answer_objective(
         network.apply,
         functools.partial(method.loss, **fields),
@@ -241,6 +245,18 @@ def make_objective(
         return loss, metrics | rollout
 
     return reporting
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """ValueError if a method's loss does not take options, by its shapes for two answers."""
+    values, mask = jnp.zeros((2, 1)), jnp.ones((2, 1), bool)
+    outcome = jnp.zeros(2)
+    group = objectives.Groups(jnp.zeros(2, jnp.int32), *5 * [outcome])
+    loss = functools.partial(METHODS[name].loss, **options)
+    try:
+        jax.eval_shape(loss, values, values, mask, outcome, group)
+    except TypeError as error:
+        raise ValueError(f"config.objective does not fit {name!r}: {error}") from error
 
 
 def method_of(config: ml_collections.ConfigDict) -> Method:
@@ -491,7 +507,7 @@ class AnswerJudge:
                 f"seeds must be whole blocks of answers_per_problem={count}, got {len(seeds)} "
                 f"from {seeds[0]}"
             )
-        outcomes, lengths, truncated, entropies, tokens = [], [], [], [], []
+        outcomes, lengths, truncated, entropies, tokens, votes = [], [], [], [], [], []
         tests = questions.task.test
         for part, _, drawn in self._draw(state, seeds[::count], count, progress):
             flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
@@ -504,11 +520,14 @@ class AnswerJudge:
             truncated.append(drawn.report.truncated)
             entropies.append(drawn.report.entropies.sum())
             tokens.append(drawn.mask.sum())
+            extracted = [questions.task.extract(text) for text in told]
+            votes += [extracted[i : i + count] for i in range(0, len(told), count)]
         result = evaluation.answer_summary(
             np.concatenate(outcomes),
             lengths=np.concatenate(lengths),
             truncated=np.concatenate(truncated),
             ks=sorted({1, count}),
+            answers=votes,
         )
         result["entropy"] = float(np.sum(entropies) / np.sum(tokens))
         wanted = tuple(metrics or settings.metrics) or tuple(result)

@@ -5,6 +5,11 @@ from genjax_lab.objectives.aggregation import (
     aggregate,
     aggregation_weights,
 )
+from genjax_lab.objectives.answer_diagnostics import (
+    means_by_rate,
+    ratio_quantiles,
+    split_gradient,
+)
 from genjax_lab.objectives.answers import answer_batch, answer_likelihood, answer_objective
 from genjax_lab.objectives.augmentation import Augmentation, augmented, edm_augmentation
 from genjax_lab.objectives.autoregressive import autoregressive
@@ -140,6 +145,7 @@ __all__ = [
     "log_ratios_by_noise_level",
     "masked_diffusion_loss",
     "masked_log_likelihood",
+    "means_by_rate",
     "member_log_likelihoods",
     "nft_loss",
     "noisy_discriminator",
@@ -147,6 +153,7 @@ __all__ = [
     "overlong_penalty",
     "paired_log_likelihoods",
     "prompt_weight",
+    "ratio_quantiles",
     "reinforce_loss",
     "rft_loss",
     "rloo_loss",
@@ -154,6 +161,7 @@ __all__ = [
     "seeded_times_and_noise",
     "signed_likelihood_loss",
     "spin_loss",
+    "split_gradient",
     "start_of_round_ratio",
     "straight_through_max",
     "tilted_optimum",

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from genjax_lab.reasoning.answers import evaluate_expression
+from genjax_lab.reasoning.answers import evaluate_expression, extract_answer
 
 _TEST_SHARE = 0.2
 
@@ -42,6 +42,7 @@ class Task(NamedTuple):
         verify: (problems, answers) -> outcomes in [0, 1], one for each answer.
         alphabet: characters of prompts and answers; empty where a tokenizer must be given.
         demonstrate: (generator, problem) -> a right answer, if the task can give one.
+        extract: text of an answer -> what is voted on; None for no answer.
     """
 
     train: tuple[Problem, ...]
@@ -49,6 +50,7 @@ class Task(NamedTuple):
     verify: Callable[[Sequence[Problem], Sequence[str]], Float[np.ndarray, "answers"]]
     alphabet: str = ""
     demonstrate: Callable[[np.random.Generator, Problem], str] | None = None
+    extract: Callable[[str], str | None] = str
 
 
 def digit_sum(num_digits: int = 4) -> Task:
@@ -159,7 +161,8 @@ def jsonl(
 
     def read(path) -> tuple[Problem, ...]:
         problems = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        # Not splitlines: texts may hold separators of lines that are none of JSON's.
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 problem, gold = _fields(line, (problem_field, answer_field), path, number)
                 problems.append(Problem(template.replace("{problem}", problem), gold))
@@ -171,7 +174,8 @@ def jsonl(
         return np.asarray(verify(list(answers), [p.gold for p in problems]), np.float32)
 
     train = read(path)
-    return Task(train, train if test_path is None else read(test_path), outcomes)
+    test = train if test_path is None else read(test_path)
+    return Task(train, test, outcomes, extract=extract_answer)
 
 
 def _fields(line: str, names: Sequence[str], path: Any, number: int) -> list[str]:

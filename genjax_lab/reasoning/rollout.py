@@ -39,7 +39,7 @@ class AnsweredProblem(NamedTuple):
     @property
     def rate(self) -> float:
         """Mean of the outcomes."""
-        return float(np.mean(self.outcome))
+        return _rate(self.outcome)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes the same again."""
@@ -99,7 +99,8 @@ class Collected(NamedTuple):
     """A rollout.
 
     Attributes:
-        groups: as many questions with their answers as were wanted.
+        groups: as many questions with their answers as were wanted; those behind the first
+            `ledger.kept_questions` only fill up.
         left_over: more of them that are worth learning from.
         ledger: what was asked and kept.
     """
@@ -111,7 +112,7 @@ class Collected(NamedTuple):
 
 def is_useful(outcome: Float[np.ndarray, "answers"], band: tuple[float, float] | None) -> bool:
     """Whether the rate of right answers is in the band, and not 0 or 1; without a band all are."""
-    rate = float(np.mean(outcome))
+    rate = _rate(outcome)
     return band is None or (0.0 < rate < 1.0 and band[0] <= rate <= band[1])
 
 
@@ -134,7 +135,7 @@ def collect_groups(
         max_batches: batches that may be asked for.
         strategy: "backfill" asks until there are enough; "replace" asks once and repeats what was
             kept, in its order, for what is missing; "partial" goes on with what there is after
-            `max_batches`, and fills up with useless ones, which are not to be learned from.
+            `max_batches`, and fills up with others, which are not to be learned from.
         carried: useful ones of before, which come first.
 
     Raises:
@@ -172,6 +173,11 @@ def collect_groups(
             "more batches (max_batches), or begin with a model that is neither so good nor so bad"
         )
     return Collected(groups, left_over, ledger)
+
+
+def _rate(outcome: Float[np.ndarray, "answers"]) -> float:
+    # 4 of 5 are to be 0.8 exactly, the edge of a band, which they are not in float32.
+    return float(np.mean(outcome, dtype=np.float64))
 
 
 def _count(answered: Sequence[AnsweredProblem], slot_steps: int) -> Ledger:

@@ -22,7 +22,6 @@ from genjax_lab.reasoning.rollout import (
     Collected,
     Ledger,
     collect_groups,
-    is_useful,
 )
 from genjax_lab.reasoning.tokens import Codec
 from genjax_lab.samplers import Generation
@@ -199,19 +198,18 @@ class AnswerStream:
         self.ledger, self._pending = Ledger(**state["ledger"]), []
 
     def _rollout(self) -> list[dict[str, np.ndarray]]:
-        settings = self._settings
-        carried = min(len(self._carried), settings.num_groups)
+        settings, carried = self._settings, self._carried
         collected = collect_groups(
             self._ask,
             num_groups=settings.num_groups,
             band=settings.band,
             max_batches=settings.max_batches,
             strategy=settings.strategy,
-            carried=self._carried,
+            carried=carried,
         )
         self._carried = collected.left_over if settings.carry_over else []
         rows = self._rows(collected, carried)
-        trained = settings.epochs * int(rows["answer_mask"][rows["useful"]].sum())
+        trained = settings.epochs * int(rows["counted"].sum())
         self.ledger += collected.ledger + Ledger(trained_tokens=trained)
         return self._minibatches(rows)
 
@@ -236,7 +234,9 @@ class AnswerStream:
             group._replace(problem=n) for group, n in zip(answered, numbers, strict=True)
         ], steps
 
-    def _rows(self, collected: Collected, carried: int) -> dict[str, np.ndarray]:
+    def _rows(
+        self, collected: Collected, carried: Sequence[AnsweredProblem]
+    ) -> dict[str, np.ndarray]:
         """All answers of a rollout, with what training needs."""
         groups, settings = collected.groups, self._settings
         count = settings.num_samples
@@ -248,9 +248,13 @@ class AnswerStream:
             "sampler_log_probs": np.concatenate([g.log_probs for g in groups]),
             "outcome": np.concatenate([g.outcome for g in groups]).astype(np.float32),
             "truncated": np.concatenate([g.truncated for g in groups]),
-            "useful": np.repeat([is_useful(g.outcome, settings.band) for g in groups], count),
             "ids": np.repeat(np.arange(len(groups), dtype=np.int32), count),
         }
+        # What only fills up is not learned from.
+        useful = rows["ids"] < collected.ledger.kept_questions
+        if settings.mask_truncated:
+            useful &= ~rows["truncated"]
+        rows["counted"] = rows["answer_mask"] & useful[:, None]
         rows["statistics"] = np.tile(
             np.float32(list(rollout_statistics(collected).values())), (len(rows["ids"]), 1)
         )
@@ -258,7 +262,7 @@ class AnswerStream:
         if self._reference is not None:
             rows["reference_log_probs"] = self._judge(self._reference, rows)
         # Those of an older policy are what its own sampler said.
-        older = slice(0, carried * count)
+        older = np.repeat([any(group is other for other in carried) for group in groups], count)
         rows["old_log_probs"][older] = rows["sampler_log_probs"][older]
         return rows
 
@@ -292,9 +296,6 @@ class AnswerStream:
     def _minibatch(self, rows, statistics, chosen: np.ndarray) -> dict[str, np.ndarray]:
         settings = self._settings
         part = {name: array[chosen] for name, array in rows.items()}
-        mask = part["answer_mask"] & part["useful"][:, None]
-        if settings.mask_truncated:
-            mask = mask & ~part["truncated"][:, None]
         more = {}
         if settings.importance_cap is not None:
             more["importance"] = importance_weights(
@@ -312,7 +313,7 @@ class AnswerStream:
             jax.tree.map(lambda x: np.asarray(x)[chosen], statistics),
             aggregation=settings.aggregation,
             constant=settings.constant,
-            counted=mask,
+            counted=part["counted"],
             **more,
         )
         batch |= {
@@ -357,8 +358,9 @@ def ask(
 def rollout_statistics(collected: Collected) -> dict[str, float]:
     """The numbers of `STATISTICS`; lengths are of the answers that were kept."""
     ledger = collected.ledger
-    lengths = np.concatenate([g.answer_mask.sum(axis=1) for g in collected.groups])
-    right = np.concatenate([g.outcome for g in collected.groups]) > 0.5
+    kept = collected.groups[: ledger.kept_questions]
+    lengths = np.concatenate([g.answer_mask.sum(axis=1) for g in kept] or [np.zeros(0)])
+    right = np.concatenate([g.outcome for g in kept] or [np.zeros(0)]) > 0.5
     mean = lambda x: float(x.mean()) if x.size else 0.0  # noqa: E731
     values = (
         ledger.right / max(ledger.answers, 1),

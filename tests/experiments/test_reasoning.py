@@ -1,18 +1,20 @@
-"""A decoder learns from its own answers: runs that go on, on any mesh, by any method, from a base."""
+"""A decoder learns from its own answers: resumed, on any mesh, by any method, from any base."""
 
 import json
+import shutil
 
 import jax
 import ml_collections
 import numpy as np
+import optax
 import pytest
+import tokenizers
 
 import experiments
 from configs import arithmetic_nft, digit_sum_sft
 from experiments import reasoning
 from genjax_lab import evaluation, networks, pretrained
-from genjax_lab.parallel import make_mesh
-from genjax_lab.training import make_train_step, read_metrics, restore, train
+from genjax_lab.training import read_metrics, restore, train
 
 NETWORK = {
     "name": "Decoder",
@@ -50,7 +52,7 @@ def supervised(**changes):
 def negative_aware(base=None, **changes):
     """Rollouts of 4 questions with 4 answers each in 2 mini-batches."""
     config = small(arithmetic_nft.get_config(), batch_size=8, steps_per_call=2)
-    config.update({"num_steps": 8, "checkpoint_every": 8})
+    config.update({"num_steps": 8, "checkpoint_every": 4})
     config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 1})
     config.rollout.update({"num_groups": 4, "num_samples": 4, "minibatches": 2})
     config.rollout.update({"batch_questions": 16, "max_batches": 20})
@@ -69,9 +71,9 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def restored(base):
-    experiment, restored = experiments.from_checkpoint(str(base))
-    config = ml_collections.ConfigDict(restored.config | {"mesh": ONE})
-    return experiments.build(config), restored.state
+    found = restore(base)
+    config = ml_collections.ConfigDict(found.config)
+    return experiments.build(config), found.state
 
 
 @pytest.fixture(scope="module")
@@ -100,31 +102,55 @@ def test_examples_are_learnt_and_logged(base):
     assert restore(base).iterators == [{"step": 8, "seed": 0}]
 
 
+def carrying(base, **changes):
+    config = negative_aware(str(base), **changes)
+    config.rollout.carry_over = True
+    return config
+
+
 @pytest.fixture(scope="module")
 def four_rollouts(base, tmp_path_factory):
+    """A run with a checkpoint after two of them."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    config = negative_aware(str(base))
-    config.rollout.carry_over = True
+    config = carrying(base)
     return workdir, train(experiments.build(config), workdir=workdir, config=config)
 
 
-def test_interrupted_run_is_bit_equal_to_an_uninterrupted_one(base, four_rollouts, tmp_path):
-    """Check: 4 rollouts are 2, a checkpoint, and 2, with questions that are carried over."""
+def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(base, four_rollouts, tmp_path):
+    """Check: two rollouts, a checkpoint and two more, with questions that are carried over."""
     whole, final = four_rollouts
-    config = negative_aware(str(base), num_steps=4, checkpoint_every=4)
-    config.rollout.carry_over = True
-    train(experiments.build(config), workdir=tmp_path, config=config)
+    shutil.copytree(whole / "checkpoints/4", tmp_path / "checkpoints/4")
     position = restore(tmp_path).iterators[0]
     assert position["rollouts"] == 2 and position["carried"]
-    config.num_steps = 8
+    config = carrying(base)
     state = train(experiments.build(config), workdir=tmp_path, config=config)
     assert_same_trees(host(state.params), host(final.params))
     assert_same_trees(host(state.opt_state), host(final.opt_state))
     assert restore(tmp_path).iterators == restore(whole).iterators
-    rows, expected = read_metrics(tmp_path), read_metrics(whole)
-    for row in (*rows, *expected):
+    rows = [[r for r in read_metrics(d) if r["step"] > 4] for d in (tmp_path, whole)]
+    for row in (*rows[0], *rows[1]):
         row.pop("seconds")
-    assert rows == expected
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [6, 8]
+
+
+def test_a_mesh_gives_the_same_answers_and_nearly_the_same_parameters(
+    base, four_rollouts, tmp_path
+):
+    config = carrying(base, num_steps=4)
+    config.mesh.update({"data": 2, "fsdp": 4})
+    state = train(experiments.build(config), workdir=tmp_path, config=config)
+    one = restore(four_rollouts[0], 4)
+    # How many were right, how long they were; and what is carried, token by token.
+    (found,), (expected,) = restore(tmp_path).iterators, one.iterators
+    assert len(found["carried"]) == len(expected["carried"])
+    for ours, theirs in zip(found["carried"], expected["carried"], strict=True):
+        np.testing.assert_allclose(ours.pop("log_probs"), theirs.pop("log_probs"), atol=1e-5)
+    assert found == expected
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), b, atol=1e-5),
+        state.params,
+        one.state.params,
+    )
 
 
 def test_the_log_tells_of_rollouts(four_rollouts):
@@ -157,35 +183,6 @@ def rollout_of(config, experiment, variables=None):
     return [next(batches) for _ in range(config.steps_per_call)]
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 4, "data": 2}])
-def test_a_mesh_gives_the_same_answers_and_nearly_the_same_parameters(base, tmp_path, mesh):
-    states = []
-    for name, sizes in (("one", ONE), ("many", ONE | mesh)):
-        config = negative_aware(str(base), num_steps=2, checkpoint_every=2)
-        config.mesh.update(sizes)
-        config.rollout.batch_questions = 16
-        states.append(train(experiments.build(config), workdir=tmp_path / name, config=config))
-    ledgers = [restore(tmp_path / name).iterators[0]["ledger"] for name in ("one", "many")]
-    assert ledgers[0] == ledgers[1]
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-4),
-        states[0].params,
-        states[1].params,
-    )
-
-
-def test_a_mesh_answers_token_by_token_as_one_device_does(base):
-    rollouts = []
-    for sizes in (ONE, ONE | {"data": 8}):
-        config = negative_aware(str(base))
-        config.mesh.update(sizes)
-        rollouts.append(rollout_of(config, experiments.build(config)))
-    for one, many in zip(*rollouts, strict=True):
-        for name in ("prompt", "answer", "answer_mask", "outcome", "group_ids", "weights"):
-            np.testing.assert_array_equal(one[name], many[name])
-        np.testing.assert_allclose(one["old_log_probs"], many["old_log_probs"], atol=1e-5)
-
-
 # Methods.
 
 
@@ -195,34 +192,273 @@ def first_rollout(base):
     return rollout_of(config, experiments.build(config))
 
 
+@pytest.fixture(scope="module")
+def steps(base, first_rollout):
+    """(before, after, loss, metrics) of a step of every method, compiled together."""
+    built = {}
+    for method in reasoning.METHODS:
+        config = negative_aware(str(base), method=method)
+        config.optimizer.warmup_steps = 0
+        assert reasoning.settings_of(config).aggregation == reasoning.METHODS[method].aggregation
+        built[method] = experiments.build(config)
+    variables = built["nft"].init(jax.random.key(0))
+
+    @jax.jit
+    def step(variables, batch):
+        result = {}
+        for method, experiment in built.items():
+            both = jax.value_and_grad(experiment.objective, has_aux=True)
+            (loss, metrics), gradient = both(variables, batch, None)
+            state = experiment.optimizer.init(variables)
+            update, _ = experiment.optimizer.update(gradient, state, variables)
+            result[method] = optax.apply_updates(variables, update), loss, metrics
+        return result
+
+    return variables, step(variables, first_rollout[0])
+
+
 @pytest.mark.parametrize("method", reasoning.METHODS)
-def test_every_method_takes_a_step(base, first_rollout, method):
-    config = negative_aware(str(base), method=method)
-    assert reasoning.settings_of(config).aggregation == reasoning.METHODS[method].aggregation
-    experiment = experiments.build(config)
-    step = make_train_step(
-        experiment.objective, experiment.optimizer, batch_size=8, ema={}, mesh=make_mesh(**ONE,
-        devices=jax.devices()[:1])
-    )
-    variables = experiment.init(jax.random.key(0))
-    state = step.init(variables, jax.random.key(1))
-    # The optimiser's first step is one of warm-up, of length 0.
-    for batch in first_rollout:
-        state, metrics = step.step(state, jax.tree.map(lambda x: x[None], batch))
-        assert np.isfinite(metrics["loss"]).all() and metrics["skipped"] == 0
-        assert metrics["grad_norm"] > 0
+def test_every_method_takes_a_step(steps, first_rollout, method):
+    before, (after, loss, metrics) = steps[0], steps[1][method]
+    assert np.isfinite(loss) and all(np.isfinite(value) for value in metrics.values())
     assert metrics["rollout_kept"] == pytest.approx(first_rollout[0]["rollout_kept"][0])
-    moved = jax.tree.map(
-        lambda a, b: np.abs(np.asarray(a) - b).max(), state.params, variables["params"]
+    assert metrics["max_ratio"] == pytest.approx(1, abs=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, after)
+    assert 1e-4 < max(jax.tree.leaves(moved)) < 1
+
+
+def test_a_divergence_from_the_base_is_added(base, first_rollout):
+    config = negative_aware(str(base))
+    config.objective = {"kl_coefficient": 0.5, "kl_kind": "k1", "entropy_coefficient": 0.01}
+    experiment = experiments.build(config)
+    variables = experiment.init(jax.random.key(0))
+    other = jax.tree.map(lambda x: 1.1 * x, variables)
+    batch = rollout_of(config, experiment, other)[0]
+    np.testing.assert_array_equal(batch["prompt"].shape, first_rollout[0]["prompt"].shape)
+    loss, metrics = jax.jit(experiment.objective)(other, batch, None)
+    # What answers say is drawn from `other`, whose divergence is k1's mean over tokens.
+    shown = batch["counted"]
+    difference = (batch["old_log_probs"] - batch["reference_log_probs"])[shown]
+    assert np.abs(difference).max() > 0.01
+    assert metrics["kl"] == pytest.approx(difference.mean(), abs=1e-5)
+    entropy = float(metrics["entropy"])
+    scale = shown.sum() / 1000  # NFT's constant
+    expected = scale * (0.5 * difference.mean() - 0.01 * entropy)
+    assert loss == pytest.approx(expected, abs=1e-5)
+
+
+# Where training begins.
+
+
+def test_a_directory_of_hugging_face_is_a_base(base, restored, tmp_path):
+    config = negative_aware(str(base))
+    network = reasoning.make_network(config, reasoning.Questions(config))
+    variables = {"params": restored[1].params}
+    pretrained.qwen2.save(tmp_path / "hf", network, variables)
+    for scan in (False, True):
+        there = negative_aware(str(tmp_path / "hf"))
+        there.network = NETWORK | {"scan": scan}
+        found = experiments.build(there).init(jax.random.key(0))
+        if scan:
+            found = networks.unstacked(network.clone(scan=True), found)[1]
+        assert_same_trees(host(found["params"]), host(variables["params"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 32}, r"'width': \(16, 32\)"),
+        ({"depth": 2}, r"'depth': \(1, 2\)"),
+        ({"rope_theta": 1e6}, r"'rope_theta': \(100\.0, 1000000\.0\)"),
+        ({"tied": False, "qkv_bias": False}, r"'tied': .*'qkv_bias'"),
+        ({"vocab_size": 13}, r"'vocab_size': \(12, 13\)"),
+    ],
+)
+def test_a_base_of_another_network_is_named(base, change, message):
+    config = negative_aware(str(base))
+    config.network = NETWORK | change
+    with pytest.raises(ValueError, match=f"differs from the network in .*{message}"):
+        experiments.build(config).init(jax.random.key(0))
+
+
+def test_a_base_of_another_domain_is_named(base, tmp_path, monkeypatch):
+    other = restore(base)
+    monkeypatch.setattr(
+        reasoning, "restore", lambda path: other._replace(config={"domain": "images"})
     )
-    assert max(jax.tree.leaves(moved)) > 1e-4
+    with pytest.raises(ValueError, match="is a run of 'images'"):
+        experiments.build(negative_aware(str(base))).init(jax.random.key(0))
 
 
-def test_a_divergence_from_the_base_is_added(base, tmp_path):
-    config = negative_aware(str(base), num_steps=2, checkpoint_every=2, log_every=1)
-    config.objective = {"kl_coefficient": 0.1, "kl_kind": "k3", "entropy_coefficient": 0.01}
-    config.update({"steps_per_call": 2})
-    train(experiments.build(config), workdir=tmp_path, config=config)
-    rows = [row for row in read_metrics(tmp_path) if "loss" in row]
-    # 0 at the start, which is the base; more after a step.
-    assert abs(rows[0]["kl"]) < 1e-9 and rows[-1]["kl"] >= 0
+# Answers to the questions for testing.
+
+
+@pytest.fixture(scope="module")
+def drawn(restored):
+    """(seeds, tokens) of 32 answers, drawn in one batch."""
+    parts = list(restored[0].sample(restored[1], range(32)))
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def test_evaluation_is_that_of_the_samples_of_the_same_seeds(restored, drawn, questions):
+    experiment, state = restored
+    found = experiment.evaluate(state)
+    seeds, tokens = drawn
+    np.testing.assert_array_equal(seeds, np.arange(32))
+    prompts, answers = tokens[:, :3], tokens[:, 3:]
+    codec = questions.codec
+    # Four answers in a row are to the same question, and those to the questions in order.
+    texts = codec.decode(prompts, prompts > 0)
+    assert texts == [f"{n:02d}=" for n in range(8) for _ in range(4)]
+    ends = answers == 0
+    shown = np.cumsum(ends, axis=1) - ends == 0
+    told = codec.decode(answers, shown)
+    right = [t == str(n) for t, n in zip(told, np.repeat(np.arange(8), 4), strict=True)]
+    outcomes = (np.array(right) & ends.any(axis=1)).reshape(8, 4)
+    expected = evaluation.answer_summary(
+        outcomes,
+        lengths=shown.sum(axis=1).reshape(8, 4),
+        truncated=~ends.any(axis=1).reshape(8, 4),
+        ks=(1, 4),
+    )
+    entropy = found.pop("entropy")
+    assert found == pytest.approx(expected) and 0 < outcomes.sum() < 32
+    assert 0 < entropy < np.log(12)
+    # Some of them alone, and another batch size, for which entropies must be summed up by tokens.
+    (part,) = experiment.sample(state, [5])
+    np.testing.assert_array_equal(part[1][0], tokens[5])
+    config = small(arithmetic_nft.get_config())
+    config.evaluation.batch_size = 12
+    again = experiments.build(config).evaluate(state)
+    assert again.pop("entropy") == pytest.approx(entropy, rel=1e-5)
+    assert again == pytest.approx(found)
+
+
+def test_metrics_and_seeds_may_be_chosen(restored, drawn):
+    experiment, state = restored
+    found = experiment.evaluate(state, seeds=range(16, 48), metrics=("pass_at_4", "entropy"))
+    assert list(found) == ["pass_at_4", "entropy"]
+    with pytest.raises(ValueError, match="metrics \\['beauty'\\] are not in"):
+        experiment.evaluate(state, metrics=("beauty",))
+    for seeds in (range(30), range(2, 34)):
+        with pytest.raises(ValueError, match="whole blocks of answers_per_problem=4"):
+            experiment.evaluate(state, seeds=seeds)
+
+
+def test_answers_are_written_as_objects_text_or_tokens(restored, drawn, tmp_path):
+    experiment, tokens = restored[0], drawn[1]
+    experiment.write(tokens, tmp_path / "s.jsonl", before=tokens[4:6])
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [row["group"] for row in rows] == ["samples"] * 32 + ["before"] * 2
+    assert [row["prompt"] for row in rows[:32:4]] == [f"{n:02d}=" for n in range(8)]
+    assert [row["gold"] for row in rows[32:]] == ["1", "1"]
+    for row in rows:
+        assert not row["outcome"] or row["answer"] == row["gold"]
+        assert row["outcome"] or row["answer"] != row["gold"] or len(row["answer"]) == 3
+    found = restored[0].evaluate(restored[1], metrics=("avg_at_4",))
+    assert np.mean([row["outcome"] for row in rows[:32]]) == pytest.approx(found["avg_at_4"])
+    experiment.write(tokens, tmp_path / "s.txt")
+    lines = (tmp_path / "s.txt").read_text().splitlines()
+    assert len(lines) == 32 and lines[4].startswith("[samples] 01= ")
+    right = sum(row["outcome"] for row in rows[:32])
+    assert sum(line.endswith("(right)") for line in lines) == right > 0
+    assert sum(line.endswith("(wrong)") for line in lines) == 32 - right
+    experiment.write(tokens, tmp_path / "s.npz", before=tokens[:1])
+    with np.load(tmp_path / "s.npz") as file:
+        np.testing.assert_array_equal(file["samples"], tokens)
+        np.testing.assert_array_equal(file["before"], tokens[:1])
+    with pytest.raises(ValueError, match=r"s\.png.*\.jsonl, \.txt or \.npz"):
+        experiment.write(tokens, tmp_path / "s.png")
+
+
+def test_questions_whose_tokens_are_no_text_are_recognised(tmp_path):
+    """Chat templates have the token that ends answers in prompts, too."""
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<end>": 0, "7": 1, "5": 2, "?": 3}, unk_token="?")
+    )
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rows = [{"problem": "5", "answer": 5}, {"problem": "7", "answer": "7"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small(arithmetic_nft.get_config())
+    with config.unlocked():
+        config.task = {"name": "jsonl", "path": str(tmp_path / "q.jsonl")}
+        config.task.template = "{problem}<end>5"
+    config.tokenizer.update({"path": str(tmp_path / "tokenizer.json"), "end_tokens": ("<end>",)})
+    experiment = experiments.build(config)
+    tokens = np.array([[1, 0, 2, 1, 0, 0], [2, 0, 2, 1, 0, 0], [1, 0, 2, 1, 1, 1]])
+    experiment.write(tokens, tmp_path / "s.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["7<end>5", "5<end>5", "7<end>5"]
+    assert [row["gold"] for row in rows] == ["7", "5", "7"]
+    assert [row["outcome"] for row in rows] == [1, 0, 0]
+
+
+# Mistakes.
+
+
+def change_of(config, path, value):
+    with config.unlocked():
+        section, _, field = path.rpartition(".")
+        (config[section] if section else config)[field] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("batch_size", 16, r"batch_size=16 must be .* = 8"),
+        ("steps_per_call", 4, r"steps_per_call=4 .*minibatches epochs = 2"),
+        ("rollout.epochs", 2, r"steps_per_call=2 .*minibatches epochs = 4"),
+        ("rollout.num_samples", 1, "num_samples=1"),
+        ("rollout.num_sample", 4, "rollout does not fit"),
+        ("method", "ppo", r"method is 'ppo', not 'sft' or in \['dapo'"),
+        ("method", "online_dpo", "accumulation_steps must be 1"),
+        ("task.name", "subtraction", r"task\.name is 'subtraction'"),
+        ("task.name", "Problem", r"task\.name is 'Problem'"),
+        ("task.digits", 4, "task does not fit digit_sum"),
+        ("network.widths", 4, "network does not fit Decoder"),
+        ("objective.epsilon", -1.0, "epsilon=-1.0 must be positive"),
+        ("objective.epsilonn", 0.5, "objective does not fit.*epsilonn"),
+        ("objective.kl_coefficient", 0.1, r"kl_coefficient needs config\.base"),
+        ("tokenizer.path", "nothing.json", "holds no tokenizer"),
+    ],
+)
+def test_mistakes_in_a_config_are_named(path, value, message):
+    config = negative_aware(accumulation_steps=2 if value == "online_dpo" else 1)
+    change_of(config, path, value)
+    with pytest.raises(ValueError, match=message):
+        experiments.build(config).batches(None)
+
+
+def test_questions_of_a_file_need_a_tokenizer_and_the_end(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n')
+    config = negative_aware()
+    change_of(config, "task", {"name": "jsonl", "path": str(tmp_path / "q.jsonl")})
+    with pytest.raises(ValueError, match=r"tokenizer\.path is missing"):
+        experiments.build(config).batches(None)
+    codec = reasoning.Questions(negative_aware()).codec
+    codec.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config.tokenizer.path = str(tmp_path / "tokenizer.json")
+    for ends in ((), ("<stop>",)):
+        config.tokenizer.end_tokens = ends
+        with pytest.raises(ValueError, match="end_tokens"):
+            experiments.build(config).batches(None)
+    config.update({"method": "sft"})
+    config.tokenizer.end_tokens = ("<end>",)
+    with pytest.raises(ValueError, match="'jsonl' has no answers of its own"):
+        experiments.build(config).batches(None)
+
+
+def test_demonstrations_go_on_where_they_were():
+    config = supervised()
+    batches = [experiments.build(config).batches(None) for _ in range(2)]
+    next(batches[0])
+    batches[1].set_state(json.loads(json.dumps(batches[0].get_state())))
+    expected, found = next(batches[0]), next(batches[1])
+    assert_same_trees(found, expected)
+    lengths = found["answer_mask"].sum(axis=1)
+    np.testing.assert_allclose(found["weights"], 1 / lengths)
+    assert set(lengths) == {2}
+    with pytest.raises(ValueError, match="seed 0, this one of 1"):
+        experiments.build(supervised(seed=1)).batches(None).set_state(batches[0].get_state())

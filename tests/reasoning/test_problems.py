@@ -1,4 +1,4 @@
-"""Made-up questions: their own answers are right, wrong ones are found out, splits stay the same."""
+"""Questions: their own answers are right, wrong ones are found out, splits stay the same."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Texts and tokens: round trips, padding, limits in tokens, tokenizers of long and of short tokens."""
+"""Texts and tokens: round trips, padding, and limits that count tokens, not characters."""
 
 import ml_collections
 import numpy as np
