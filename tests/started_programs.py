@@ -9,7 +9,9 @@ import multiprocessing.forkserver
 import os
 import runpy
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from quick_compilation import program_environment
 
@@ -18,14 +20,29 @@ _DOMAINS = ("images", "next_scale", "reasoning", "self_play", "text", "tokenizer
 _PRELOADED = ["matplotlib.pyplot", *(f"experiments.{name}" for name in _DOMAINS)]
 
 
-def start(module: str, *arguments: str) -> None:
-    """Runs a program to its end; an AssertionError if it fails."""
-    process = _server().Process(target=_run, args=(module, arguments, program_environment()))
-    process.start()
-    process.join(timeout=900)
-    if process.exitcode is None:
-        process.kill()
-    assert process.exitcode == 0, f"{module} {' '.join(arguments)} ended with {process.exitcode}"
+class Ended(NamedTuple):
+    """A program that has ended."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+def start(module: str, *arguments: str, check: bool = True) -> Ended:
+    """Runs a program to its end; if it fails and `check` says so, an AssertionError."""
+    with tempfile.TemporaryDirectory() as directory:
+        files = [str(Path(directory) / name) for name in ("stdout", "stderr")]
+        process = _server().Process(
+            target=_run, args=(module, arguments, program_environment(), files)
+        )
+        process.start()
+        process.join(timeout=900)
+        if process.exitcode is None:
+            process.kill()
+        told = [Path(file).read_text() if Path(file).exists() else "" for file in files]
+    ended = Ended(process.exitcode, *told)
+    assert not check or ended.returncode == 0, f"{module} {arguments}: {ended.stderr[-3000:]}"
+    return ended
 
 
 @functools.cache
@@ -42,7 +59,11 @@ def _server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _run(module: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+def _run(
+    module: str, arguments: tuple[str, ...], environment: dict[str, str], files: list[str]
+) -> None:
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

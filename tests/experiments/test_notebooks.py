@@ -16,12 +16,17 @@ SMALL = {
         "NUM_STEPS = 2\nLENGTH = 16\nDEPTH = 1\nNUM_DRAWS = 1\nNUM_SAMPLES = 4\n"
         "SAMPLING_STEPS = (4,)\n"
     ),
+    "05_nft": (
+        "EXAMPLE_STEPS = 20\nANSWERS = 8\nQUESTION_STEPS = 2\nROLLOUTS = 1\nOWN_ROLLOUTS = 1\n"
+        "EVALUATIONS = 1\nNUM_SAMPLES = 64\nEPSILONS = (0.1, 1.0)\nMETHODS = ('nft',)\nDEPTH = 1\n"
+    ),
 }
 NUM_PICTURES = {
     "01_image_diffusion": 7,
     "02_ddo": 4,
     "03_neighborhood_attention": 4,
     "04_masked_diffusion": 6,
+    "05_nft": 7,
 }
 
 

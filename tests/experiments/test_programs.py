@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from quick_compilation import program_environment
+from started_programs import start
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -24,27 +25,17 @@ SMALL = [
 ]
 
 
-def start(module, *arguments, check=True):
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *arguments],
-        cwd=ROOT,
-        env=program_environment(),
-        capture_output=True,
-        text=True,
-        check=check,
-        timeout=600,
-    )
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("run")
-    start(
-        "train",
-        "--config=configs/digits_edm.py",
-        f"--workdir={workdir}",
-        f"--config.evaluation.cache_dir={cache}",
-        *SMALL,
+    arguments = ("--config=configs/digits_edm.py", f"--workdir={workdir}")
+    arguments += (f"--config.evaluation.cache_dir={cache}", *SMALL)
+    subprocess.run(
+        [sys.executable, "-m", "experiments.train", *arguments],
+        cwd=ROOT,
+        env=program_environment(),
+        check=True,
+        timeout=600,
     )
     return workdir
 

@@ -320,6 +320,7 @@ def test_evaluation_is_that_of_the_samples_of_the_same_seeds(restored, drawn, qu
         lengths=shown.sum(axis=1).reshape(8, 4),
         truncated=~ends.any(axis=1).reshape(8, 4),
         ks=(1, 4),
+        answers=[told[i : i + 4] for i in range(0, 32, 4)],
     )
     entropy = found.pop("entropy")
     assert found == pytest.approx(expected) and 0 < outcomes.sum() < 32
@@ -328,7 +329,7 @@ def test_evaluation_is_that_of_the_samples_of_the_same_seeds(restored, drawn, qu
     (part,) = experiment.sample(state, [5])
     np.testing.assert_array_equal(part[1][0], tokens[5])
     config = small(arithmetic_nft.get_config())
-    config.evaluation.batch_size = 12
+    config.evaluation.batch_size = 2  # fewer than answers to a question
     again = experiments.build(config).evaluate(state)
     assert again.pop("entropy") == pytest.approx(entropy, rel=1e-5)
     assert again == pytest.approx(found)
@@ -429,6 +430,12 @@ def test_mistakes_in_a_config_are_named(path, value, message):
     change_of(config, path, value)
     with pytest.raises(ValueError, match=message):
         experiments.build(config).batches(None)
+
+
+@pytest.mark.parametrize("name", ["kl_coefficient", "epsilon"])
+def test_examples_are_learnt_without_options_of_methods(name):
+    with pytest.raises(ValueError, match=f"objective does not fit 'sft'.*{name}"):
+        experiments.build(supervised(objective={name: 0.1}))
 
 
 def test_questions_of_a_file_need_a_tokenizer_and_the_end(tmp_path):

@@ -93,6 +93,12 @@ def test_only_right_answers_pass(name, prompt, right, wrong):
     assert {text: outcome(task, prompt, text) for text in wrong} == dict.fromkeys(wrong, 0)
 
 
+def test_digits_must_not_be_put_together():
+    task = countdown(3, target=9)
+    assert outcome(task, "123=", "(1+2)*3") == 1
+    assert outcome(task, "123=", "12-3") == 0
+
+
 def test_numbers_that_a_question_has_twice_must_be_used_twice():
     task = countdown(3, target=24)
     assert outcome(task, "266=", "6*(6-2)") == 1
