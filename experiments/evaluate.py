@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
         for seeds in ranges
     ]
     result = {"checkpoint": str(_CHECKPOINT.value), "step": restored.step, "num_samples": num}
-    for metric in values[0]:
+    # The length of right answers, say, is told only where there are some.
+    for metric in (name for name in values[0] if all(name in value for value in values)):
         by_range = dict(zip(ranges, (value[metric] for value in values), strict=True))
         fresh = {ranges[-1]: by_range.pop(ranges[-1])}
         if metric == "frechet":

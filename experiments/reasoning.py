@@ -280,6 +280,12 @@ def settings_of(config: ml_collections.ConfigDict) -> reasoning.RolloutSettings:
     if fields.get("band") is not None:
         fields["band"] = tuple(fields["band"])
     aggregation = config.objective.get("aggregation") or method_of(config).aggregation
+    one_term = config.method in ("nft", "rft") and config.objective.get("ratio", "token") != "token"
+    if one_term and "token-mean" in aggregation:
+        raise ValueError(
+            f"config.objective.aggregation={aggregation!r} divides by numbers of tokens, but with "
+            f"config.objective.ratio={config.objective.ratio!r} an answer has one term"
+        )
     try:
         settings = reasoning.RolloutSettings(
             aggregation=aggregation, constant=config.objective.get("constant"), **fields

@@ -145,7 +145,10 @@ def nft_loss(
     # log R itself where nothing is floored: the logarithm of exp(log R) would lose digits.
     positive_term = jnp.where(floored > jnp.exp(log_ratio), jnp.log(_safe(floored)), log_ratio)
     negative_term = jnp.log(_safe(straight_through_max(negative, epsilon)))
-    term = right * positive_term + negative_weight * (1 - right) * negative_term
+    # Not a plain sum: a wrong answer that has become impossible has the positive term -inf.
+    term = jnp.where(right > 0, right * positive_term, 0) + jnp.where(
+        right < 1, negative_weight * (1 - right) * negative_term, 0
+    )
     omega = jnp.where(useful, prompt_weight(rate[:, 0], weighting)[:, None], 0)
     loss = -omega * term
     if importance is not None:

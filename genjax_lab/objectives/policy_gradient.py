@@ -218,7 +218,7 @@ def kl_estimate(
     """Estimates KL(pi_theta, pi_ref) from a token drawn from pi_theta.
 
     With d = log pi_theta - log pi_ref: "k1", d; "abs", |d|; "k2", d^2 / 2; "k3", e^-d - 1 + d, with
-    -d at most 20.
+    d between -20 and 20.
 
     Raises:
         ValueError: for another kind.
