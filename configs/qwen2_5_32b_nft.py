@@ -7,7 +7,8 @@ r"""Qwen2.5-32B learns from its own right and wrong answers: NFT's 32B run (arXi
 As `configs/qwen2_5_math_7b_nft.py`, with prompts of 2048 and answers of 14,336 tokens; published
 is a mean of 59.2 after it, 29.6 before. DAPO instead: --config.method=dapo
 --config.reward.signed=True --config.reward.overlong_buffer=4096. Written for 128 devices of 80 GB;
-checked by shapes, not run by us.
+the training step is checked by its
+shapes, nothing was run by us.
 """
 
 import ml_collections

@@ -23,6 +23,7 @@ steps_per_call = minibatches epochs.
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from experiments.building import construct, default_optimizer, make_optimizer
 from genjax_lab import data, evaluation, networks, objectives, pretrained, reasoning, samplers
-from genjax_lab.parallel import make_mesh, process_share
+from genjax_lab.parallel import batch_sharding, make_mesh, process_share
 from genjax_lab.training import Experiment, TrainState, restore
 
 TASKS = ("digit_sum", "addition", "countdown", "jsonl")
@@ -142,9 +143,29 @@ class Questions:
         if fields["name"] not in TASKS:
             raise ValueError(f"config.task.name is {fields['name']!r}, not in {TASKS}")
         if fields["name"] == "jsonl":
-            mode = fields.pop("verifier", "equivalence")
-            fields["verify"] = reasoning.Verifier(mode=mode).verify
-        return construct(reasoning, fields, "task")
+            verifier = reasoning.Verifier(mode=fields.pop("verifier", "equivalence"))
+            fields["verify"] = verifier.verify
+        task = construct(reasoning, fields, "task")
+        if fields["name"] == "jsonl":
+            golds = [problem.gold for problem in (*task.train, *task.test)]
+            verifier.check(golds)  # now, and not when such a question is asked
+        return task
+
+    @functools.cached_property
+    def tests(self) -> tuple[reasoning.Problem, ...]:
+        """Questions for testing whose prompts are not too long."""
+        fitting = tuple(problem for problem in self.task.test if self.codec.fits(problem.prompt))
+        if dropped := len(self.task.test) - len(fitting):
+            logging.warning(
+                "%d of %d questions for testing have prompts of more than %d tokens and are left "
+                "out",
+                dropped,
+                len(self.task.test),
+                self.codec.prompt_length,
+            )
+        if not fitting:
+            raise ValueError(f"all prompts are longer than {self.codec.prompt_length} tokens")
+        return fitting
 
     @functools.cached_property
     def codec(self) -> reasoning.Codec:
@@ -187,7 +208,9 @@ def initial_variables(
         return jax.jit(network.init)(key, jnp.zeros((1, 2), jnp.int32))
     base = Path(config.base)
     if (base / "config.json").exists() and not (base / "checkpoints").exists():
-        found, variables = pretrained.qwen2.load(base, scan=network.scan)
+        # In the host's memory: the training step places it, part by part.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            found, variables = pretrained.qwen2.load(base, scan=network.scan)
     else:
         run = restore(base / "checkpoints" if (base / "checkpoints").exists() else base)
         settings = ml_collections.ConfigDict(run.config)
@@ -264,6 +287,12 @@ def method_of(config: ml_collections.ConfigDict) -> Method:
     if config.method not in METHODS:
         raise ValueError(f"config.method is {config.method!r}, not 'sft' or in {sorted(METHODS)}")
     method = METHODS[config.method]
+    ignored = [name for name in ("aggregation", "constant") if name in config.objective]
+    ignored += ["importance_cap"] if config.rollout.get("importance_cap") is not None else []
+    if not method.takes_weights and ignored:
+        raise ValueError(
+            f"config.method={config.method!r} is a mean over pairs, it has no {ignored}"
+        )
     if not method.takes_weights and config.accumulation_steps > 1:
         raise ValueError(
             f"config.method={config.method!r} compares answers with each other, so batches cannot "
@@ -331,7 +360,10 @@ def make_stream(
     chunk = config.objective.get("chunk")
 
     @jax.jit
-    def log_probs(variables, prompts, prompt_mask, answers, answer_mask):
+    def judge(variables, prompts, prompt_mask, answers, answer_mask):
+        if config.compute_dtype:  # as the training step does it
+            params = optax.tree.cast(variables["params"], jnp.dtype(config.compute_dtype))
+            variables = {**variables, "params": params}
         return network.apply(
             variables,
             jnp.concatenate([prompts, answers], axis=1),
@@ -342,6 +374,9 @@ def make_stream(
             method="log_probs",
         )[0]
 
+    def log_probs(variables, *rows):
+        return judge(variables, *jax.device_put(rows, batch_sharding(mesh)))
+
     return reasoning.AnswerStream(
         questions.task,
         questions.codec,
@@ -349,6 +384,7 @@ def make_stream(
         log_probs=log_probs,
         settings=settings,
         seed=config.seed,
+        judged_rows=settings.batch_size // config.accumulation_steps,
         reward=reward_of(config),
         share=process_share(mesh),
         reference=reference,
@@ -479,7 +515,7 @@ class AnswerJudge:
         variables = state.variables(settings.get("ema"))
         parts = self._mesh().shape["data"] * self._mesh().shape["fsdp"]
         size = -(-min(max(settings.batch_size // count, 1), len(seeds)) // parts) * parts
-        tests = questions.task.test
+        tests = questions.tests
         key = jax.random.fold_in(jax.random.key(self._config.seed), _SAMPLING_STREAM)
         for start in tqdm(range(0, len(seeds), size), disable=not progress, desc="answering"):
             part = seeds[start : start + size]
@@ -514,13 +550,13 @@ class AnswerJudge:
                 f"from {seeds[0]}"
             )
         outcomes, lengths, truncated, entropies, tokens, votes = [], [], [], [], [], []
-        tests = questions.task.test
+        tests = questions.tests
         for part, _, drawn in self._draw(state, seeds[::count], count, progress):
             flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
             chosen = [tests[s // count % len(tests)] for s in part]
             told = questions.codec.decode(flat(drawn.tokens), flat(drawn.mask))
             repeated = [problem for problem in chosen for _ in range(count)]
-            outcome = np.asarray(questions.task.verify(repeated, told)).reshape(-1, count)
+            outcome = reasoning.verified(questions.task, repeated, told).reshape(-1, count)
             outcomes.append(np.where(drawn.report.truncated, 0, outcome))
             lengths.append(drawn.report.lengths)
             truncated.append(drawn.report.truncated)
@@ -571,7 +607,7 @@ class AnswerJudge:
         # Behind the end is the end again, and before a prompt, which are no text.
         prompts, answers = (codec.decode(*pair) for pair in zip(tokens, everything, strict=True))
         # By tokens: a tokenizer need not give back the text, such as that of special tokens.
-        tests = [problem for problem in task.test if codec.fits(problem.prompt)]
+        tests = self._questions.tests
         encoded = codec.encode_prompts([problem.prompt for problem in tests])[0]
         by_tokens = {tuple(row): problem for row, problem in zip(encoded, tests, strict=True)}
         ended = np.isin(tokens[1], codec.end_ids).any(axis=1)

@@ -227,13 +227,14 @@ def slots(size: str) -> dict[str, float]:
     count = _QUEUE.value
     options = {"length": _LIMIT.value, "end_ids": (0, 1)}
     decoder = samplers.token_decoder(network.apply, variables, network.vocab_size)
-    prompts, useful = prompts_of(network), {}
+    prompts, useful, tokens = prompts_of(network), {}, {}
 
-    def run(name: str, **more: Any) -> int:
+    def refilled():
+        more = {"num_samples": count, "slots": _BATCH.value}
         drawn = samplers.generate(decoder, jax.random.key(0), prompts, **options, **more)
         report = jax.device_get(drawn.report)
-        useful[name] = float(report.lengths.sum() / report.slot_steps)
-        return int(report.lengths.sum())
+        tokens["slots"] = float(report.lengths.sum())
+        useful["slots"] = float(report.lengths.sum() / report.slot_steps)
 
     def batches():
         """The same number of answers, one for each prompt at a time."""
@@ -242,17 +243,15 @@ def slots(size: str) -> dict[str, float]:
             drawn = samplers.generate(decoder, jax.random.key(number), prompts, **options)
             report = jax.device_get(drawn.report)
             lengths, steps = lengths + report.lengths.sum(), steps + report.slot_steps
-        useful["batches"] = float(lengths / steps)
+        tokens["batches"], useful["batches"] = float(lengths), float(lengths / steps)
 
     seconds = interleaved_seconds(
-        {
-            "batches": batches,
-            "slots": lambda: run("slots", num_samples=count, slots=_BATCH.value),
-        },
+        {"batches": batches, "slots": refilled},
         repeats=max(1, _REPEATS.value // 2),
     )
     return {
-        "throughput_ratio": seconds["batches"] / seconds["slots"],
+        "throughput_ratio": (tokens["slots"] / seconds["slots"])
+        / (tokens["batches"] / seconds["batches"]),
         "utilisation_batches": useful["batches"],
         "utilisation_slots": useful["slots"],
     }

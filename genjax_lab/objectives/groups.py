@@ -54,8 +54,10 @@ def correctness_rate(
     Args:
         outcome: in [0, 1].
         ids: integers in [0, num_groups).
-        estimate: "mean" of the group; "leave_one_out", of the other answers; "beta", the mean of
-            the posterior under a Beta prior, (sum + a) / (K + a + b).
+        estimate: "mean" of the group; "leave_one_out", of the other answers, kept half an answer
+            away from 0 and 1 where the group has both right and wrong ones, so that the only right
+            one counts; "beta", the mean of the posterior under a Beta prior,
+            (sum + a) / (K + a + b).
         prior: (a, b) of "beta", positive.
         num_groups: the batch size if None.
 
@@ -66,7 +68,10 @@ def correctness_rate(
     if estimate == "mean":
         return total / size
     if estimate == "leave_one_out":
-        return jnp.where(size > 1, (total - outcome) / jnp.maximum(size - 1, 1), jnp.nan)
+        others = (total - outcome) / jnp.maximum(size - 1, 1)
+        mixed = (total > 0) & (total < size)
+        others = jnp.where(mixed, jnp.clip(others, 0.5 / size, 1 - 0.5 / size), others)
+        return jnp.where(size > 1, others, jnp.nan)
     if estimate == "beta" and min(prior) > 0:
         return (total + prior[0]) / (size + prior[0] + prior[1])
     raise ValueError(

@@ -22,6 +22,7 @@ from genjax_lab.reasoning.stream import (
     ask,
     rollout_statistics,
     to_host,
+    verified,
 )
 from genjax_lab.reasoning.tokens import Codec, character_codec
 from genjax_lab.reasoning.verifier import Verifier
@@ -52,4 +53,5 @@ __all__ = [
     "rollout_statistics",
     "strict_box",
     "to_host",
+    "verified",
 ]

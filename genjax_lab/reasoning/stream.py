@@ -3,7 +3,7 @@
 One rollout asks questions until enough of them are useful, computes the answers' log-probabilities
 by the function that training uses, and is cut into mini-batches of whole groups, which are trained
 on once or several times before the next (arXiv 2505.18116, Algorithm 1). Whatever is drawn depends
-on the seed, the number of the batch of questions, the question and the answer alone.
+on the seed, the number of the batch of questions, and the question's and the answer's places in it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +37,10 @@ STATISTICS = (
     "utilisation",
 )
 STATISTIC = "rollout_"
+
+
+# Keeps the keys of rollouts apart from those of training, which are children of the same seed.
+_ROLLOUT_STREAM = 2**31 + 1
 
 
 class RolloutSettings(NamedTuple):
@@ -106,9 +110,10 @@ class AnswerStream:
         codec: their tokens.
         generate: (variables, key, prompts, mask) -> K answers each.
         log_probs: (variables, prompts, prompt_mask, answers, answer_mask) -> [rows, length], for
-            rows as many as a mini-batch has.
+            `judged_rows` rows: the same function of the same shapes as in training.
         settings: of the rollouts.
         seed: of everything that is drawn.
+        judged_rows: a divisor of the mini-batch, which it is if None.
         reward: (outcome, lengths, truncated) [batch] -> rewards of policy gradients; the outcome if
             None.
         share: (index, count): which contiguous part of each batch is given here.
@@ -124,6 +129,7 @@ class AnswerStream:
         log_probs: JudgeTokens,
         settings: RolloutSettings,
         seed: int,
+        judged_rows: int | None = None,
         reward: Reward | None = None,
         share: tuple[int, int] = (0, 1),
         reference: Any = None,
@@ -144,6 +150,7 @@ class AnswerStream:
             shard_index=0,
             shard_count=1,
         )
+        self._judged_rows = judged_rows or settings.batch_size
         self._variables: Any = None
         self._asked = self._rollouts = 0
         self._carried: list[AnsweredProblem] = []
@@ -215,7 +222,8 @@ class AnswerStream:
 
     def _ask(self) -> tuple[list[AnsweredProblem], int]:
         chosen = [self._problems[i] for i in self._order[self._asked].indices]
-        key = jax.random.fold_in(jax.random.key(self._seed), self._asked)
+        key = jax.random.fold_in(jax.random.key(self._seed), _ROLLOUT_STREAM)
+        key = jax.random.fold_in(key, self._asked)
         numbers = self._order[self._asked].indices.tolist()
         self._asked += 1
         prompts, mask = self._codec.encode_prompts([p.prompt for p in chosen])
@@ -267,7 +275,7 @@ class AnswerStream:
         return rows
 
     def _judge(self, variables: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
-        size = self._settings.batch_size
+        size = self._judged_rows
         names = ("prompt", "prompt_mask", "answer", "answer_mask")
         parts = [
             to_host(self._log_probs(variables, *(rows[name][i : i + size] for name in names)))
@@ -334,7 +342,9 @@ def ask(
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     texts = codec.decode(flat(generation.tokens), flat(generation.mask))
     repeated = [problem for problem in problems for _ in range(count)]
-    outcome = np.asarray(task.verify(repeated, texts), np.float32).reshape(-1, count)
+    if np.isnan(generation.report.log_probs).any():
+        raise ValueError("the network gives NaN for answers that it draws itself; it has diverged")
+    outcome = verified(task, repeated, texts).reshape(-1, count)
     if not ((outcome >= 0) & (outcome <= 1)).all():
         raise ValueError("task.verify must give outcomes in [0, 1]")
     prompts, mask = codec.encode_prompts([problem.prompt for problem in problems])
@@ -355,21 +365,38 @@ def ask(
     return answered, int(report.slot_steps)
 
 
+def verified(task: Task, problems: Sequence, texts: Sequence[str]) -> np.ndarray:
+    """What the task's verifier says in the first of several processes.
+
+    A time limit may end otherwise in another, and all must go on alike.
+    """
+    outcome = np.zeros(len(texts), np.float32)
+    if jax.process_index() == 0:
+        outcome = np.asarray(task.verify(problems, texts), np.float32)
+    if jax.process_count() > 1:
+        outcome = np.asarray(multihost_utils.broadcast_one_to_all(outcome))
+    return outcome
+
+
 def rollout_statistics(collected: Collected) -> dict[str, float]:
-    """The numbers of `STATISTICS`; lengths are of the answers that were kept."""
+    """The numbers of `STATISTICS`; lengths are of the answers that were kept.
+
+    NaN where nothing was asked, since enough was left over.
+    """
     ledger = collected.ledger
     kept = collected.groups[: ledger.kept_questions]
     lengths = np.concatenate([g.answer_mask.sum(axis=1) for g in kept] or [np.zeros(0)])
     right = np.concatenate([g.outcome for g in kept] or [np.zeros(0)]) > 0.5
     mean = lambda x: float(x.mean()) if x.size else 0.0  # noqa: E731
+    share = lambda part, whole: part / whole if whole else float("nan")  # noqa: E731
     values = (
-        ledger.right / max(ledger.answers, 1),
-        ledger.kept_questions / max(ledger.questions, 1),
-        ledger.truncated / max(ledger.answers, 1),
+        share(ledger.right, ledger.answers),
+        share(ledger.kept_questions, ledger.questions),
+        share(ledger.truncated, ledger.answers),
         mean(lengths[right]),
         mean(lengths[~right]),
         ledger.generated_tokens / max(ledger.kept_tokens, 1),
-        ledger.generated_tokens / max(ledger.slot_steps, 1),
+        share(ledger.generated_tokens, ledger.slot_steps),
     )
     return dict(zip(STATISTICS, values, strict=True))
 

@@ -133,6 +133,11 @@ class Verifier:
     def __exit__(self, *exception) -> None:
         self.close()
 
+    def check(self, golds: Sequence[str]) -> None:
+        """Raises the ValueError that `verify` would raise for a gold answer, before it is met."""
+        for gold in golds:
+            self._gold(gold)
+
     def _gold(self, gold: str) -> str:
         answer = extract_boxed(gold) or gold.strip()
         if not 1 <= len(answer) <= self.max_length:

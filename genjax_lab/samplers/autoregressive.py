@@ -9,7 +9,8 @@ values, of which each sees the columns since its answer began.
 A token's noise depends on the answer's key and the token's place alone: so answers do not depend
 on slots, batches, meshes or on when they were drawn. What a sampler tells of a token is the
 log-probability under the network itself, `log_probs`, and under the law it was drawn from, with
-temperature and cuts, `drawn_log_probs`; they are the same only at temperature 1 without cuts.
+temperature and cuts, `drawn_log_probs`; they are the same only at temperature 1 without cuts. Both
+are of the tokens that may be drawn, which are fewer than a network's rows where these are padded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
@@ -106,6 +108,7 @@ class _Settings(NamedTuple):
     end_ids: tuple[int, ...]
     top_k: int
     keep_crossing: bool
+    mesh: jax.sharding.Mesh | None
 
 
 def token_decoder(
@@ -142,6 +145,7 @@ def autoregressive(
     num_samples: int = 1,
     slots: int | None = None,
     options: DrawOptions = DrawOptions(),  # noqa: B008
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Sampler:
     """The sampler of answers: int32 [prompts num_samples, length], those to a prompt in a row.
 
@@ -156,7 +160,9 @@ def autoregressive(
         end_ids: tokens that end an answer; none if empty.
         num_samples: answers to each prompt, K.
         slots: answers that are written at a time; all if None.
-        options: temperature and cuts; temperature 0 takes the most probable token.
+        options: temperature, and cuts of the law at this temperature; temperature 0 takes the most
+            probable token.
+        mesh: splits the slots, and the prompts where they can be, over its "data" and "fsdp" axes.
 
     Raises:
         ValueError: if shapes, types or numbers do not fit.
@@ -173,6 +179,9 @@ def autoregressive(
     if any(not 0 <= i < decoder.vocab_size for i in end_ids):
         raise ValueError(f"end_ids must be in [0, {decoder.vocab_size}), got {end_ids}")
     options = options.checked(decoder.vocab_size)
+    parts = _parts(mesh)
+    if slots % parts:
+        raise ValueError(f"slots={slots} must be a multiple of the mesh's data * fsdp = {parts}")
     settings = _Settings(
         length,
         slots,
@@ -181,6 +190,7 @@ def autoregressive(
         end_ids,
         options.top_k,
         options.keep_crossing,
+        mesh,
     )
     cuts = (options.temperature, options.top_p, options.min_p)
     rounds = 1 if slots == answers else 1 + -(-answers // slots)
@@ -219,7 +229,7 @@ def generate(
         prompts, prompt_mask, length, end_ids, num_samples, slots: as of `autoregressive`.
         temperature, top_k, top_p, min_p: see `exact_categorical` and `logit_floor`.
         prompt_ids: integers that name the prompts for the key; 0, 1, ... if None.
-        mesh: shards the answers over its "data" and "fsdp" axes.
+        mesh: splits answers, slots and prompts over its "data" and "fsdp" axes.
 
     Raises:
         ValueError: as `autoregressive`, or if `prompt_ids` are not one for each prompt.
@@ -233,6 +243,7 @@ def generate(
         num_samples=num_samples,
         slots=slots,
         options=DrawOptions(temperature, top_k, top_p, min_p),
+        mesh=mesh,
     )
     count = len(prompts)
     ids = np.arange(count) if prompt_ids is None else np.asarray(prompt_ids)
@@ -260,17 +271,18 @@ def _init(prefill, empty_ring, settings, prompts, mask, keys, shape, condition) 
             "be given beside the prompts"
         )
     # The last token of a prompt is the first that is decoded.
-    queue = prefill(prompts[:, :-1], mask[:, :-1])
+    queue = prefill(*(_split(x, settings.mesh) for x in (prompts[:, :-1], mask[:, :-1])))
+    queue = _split(queue, settings.mesh)
     shared = queue
     if settings.slots < answers:
         first = jnp.arange(settings.slots) // settings.num_samples
-        shared = jax.tree.map(lambda x: x[first], queue)
+        shared = _split(jax.tree.map(lambda x: x[first], queue), settings.mesh)
     answer = jnp.arange(settings.slots, dtype=jnp.int32)
     zeros = jnp.zeros((answers, settings.length), jnp.float32)
     slots = _Slots(
         shared=shared,
         queue=queue if settings.slots < answers else None,
-        ring=empty_ring(settings.slots, settings.length),
+        ring=_split(empty_ring(settings.slots, settings.length), settings.mesh),
         answer=answer,
         age=jnp.zeros_like(answer),
         token=prompts[answer // settings.num_samples, -1],
@@ -296,6 +308,7 @@ def _predict(decode, settings, state: SamplerState) -> tuple[Array, SamplerState
     slots = state.shared.memory
     column = state.step % settings.length
     logits, ring = decode(slots.token, slots.position, slots.shared, slots.ring, column, slots.age)
+    ring = _split(ring, settings.mesh)
     shared = state.shared._replace(
         memory=slots._replace(ring=ring), evaluations=state.shared.evaluations + 1
     )
@@ -332,17 +345,16 @@ def _transition(settings, cuts, prompts, mask, keys, state: SamplerState, logits
 
 def _draw(keys, logits, places, options: DrawOptions) -> tuple[Array, ...]:
     """(token, log-probability of the network, that of the law it is drawn from, entropy)."""
-    floor = logit_floor(logits, **options.cuts)
-    draw = exact_categorical(
-        keys, logits, counter=places, temperature=options.temperature, floor=floor
-    )
-    token = jnp.minimum(draw.token, logits.shape[-1] - 1)
     exact = logits.astype(jnp.float32)
+    temperature = jnp.asarray(options.temperature, jnp.float32)
+    scaled = exact / jnp.where(temperature > 0, temperature, 1.0)
+    floor = logit_floor(scaled, **options.cuts)
+    greedy_or_not = jnp.where(temperature > 0, 1.0, 0.0)
+    draw = exact_categorical(keys, scaled, counter=places, temperature=greedy_or_not, floor=floor)
+    token = jnp.minimum(draw.token, logits.shape[-1] - 1)  # of NaN, whose log-probability is NaN
     of_network = jax.nn.log_softmax(exact, axis=-1)
     entropy = -jnp.sum(jnp.where(of_network > -jnp.inf, jnp.exp(of_network) * of_network, 0), -1)
-    kept = jnp.where(exact >= floor[:, None], exact, -jnp.inf)
-    temperature = jnp.asarray(options.temperature, jnp.float32)
-    of_law = jax.nn.log_softmax(kept / jnp.where(temperature > 0, temperature, 1.0), axis=-1)
+    of_law = jax.nn.log_softmax(jnp.where(scaled >= floor[:, None], scaled, -jnp.inf), axis=-1)
     pick = lambda x: jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]  # noqa: E731
     drawn = jnp.where(temperature > 0, pick(of_law), 0.0)
     return token, pick(of_network), drawn, entropy
@@ -394,6 +406,21 @@ def _report(settings, state: SamplerState) -> AnswerReport:
         drawn_log_probs=history.drawn_log_probs,
         entropies=history.entropies,
         slot_steps=state.step * settings.slots,
+    )
+
+
+def _parts(mesh: jax.sharding.Mesh | None) -> int:
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _split(tree: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
+    """Splits leading axes over the mesh where they can be; without it, XLA would copy them."""
+    parts = _parts(mesh)
+    if parts == 1:
+        return tree
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return jax.tree.map(
+        lambda x: x if len(x) % parts else jax.lax.with_sharding_constraint(x, split), tree
     )
 
 

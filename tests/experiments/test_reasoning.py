@@ -9,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 import tokenizers
+from started_programs import start
 
 import experiments
 from configs import arithmetic_nft, digit_sum_sft
 from experiments import reasoning
 from genjax_lab import evaluation, networks, pretrained
+from genjax_lab.reasoning import STATISTICS
 from genjax_lab.training import read_metrics, restore, train
 
 NETWORK = {
@@ -158,7 +160,7 @@ def test_the_log_tells_of_rollouts(four_rollouts):
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     ledger = restore(four_rollouts[0]).iterators[0]["ledger"]
     for row in rows:
-        assert {f"rollout_{name}" for name in reasoning.reasoning.STATISTICS} <= set(row)
+        assert {f"rollout_{name}" for name in STATISTICS} <= set(row)
         assert row["skipped"] == 0 and row["entropy"] > 0
         # Exactly 1 in the first mini-batch of rollouts; this is the mean of both, and of carried.
         assert 0.5 < row["ratio"] < 2
@@ -335,7 +337,25 @@ def test_evaluation_is_that_of_the_samples_of_the_same_seeds(restored, drawn, qu
     assert again == pytest.approx(found)
 
 
-def test_metrics_and_seeds_may_be_chosen(restored, drawn):
+def test_truncated_answers_are_wrong_in_evaluation(restored):
+    config = small(arithmetic_nft.get_config())
+    lenient = reasoning.Questions(config)
+    lenient.task = lenient.task._replace(verify=lambda problems, answers: np.ones(len(answers)))
+    judge = reasoning.AnswerJudge(config, reasoning.make_network(config, lenient), lenient)
+    found = judge.evaluate(restored[1], metrics=("avg_at_4", "truncation_rate"))
+    assert 0 < found["truncation_rate"] < 1
+    assert found["avg_at_4"] == pytest.approx(1 - found["truncation_rate"])
+
+
+def test_evaluation_tells_what_all_ranges_of_seeds_have(base, tmp_path):
+    """Four answers to a question are often all right or all wrong, and have no such lengths."""
+    start("evaluate", f"--checkpoint={base}", "--num=4", f"--out={tmp_path}/e.json")
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert 0 <= found["avg_at_4_mean"] <= 1 and found["mean_length_fresh"] > 1
+    assert not {"mean_length_right_mean", "mean_length_wrong_mean"} <= set(found)
+
+
+def test_metrics_and_seeds_may_be_chosen(restored):
     experiment, state = restored
     found = experiment.evaluate(state, seeds=range(16, 48), metrics=("pass_at_4", "entropy"))
     assert list(found) == ["pass_at_4", "entropy"]

@@ -349,7 +349,7 @@ def test_rates_are_estimated_in_three_ways():
     outcome, ids = np.float32([1, 0, 0.5, 1, 0]), np.array([0, 2, 0, 0, 2])
     expected = {
         "mean": [2.5 / 3, 0, 2.5 / 3, 2.5 / 3, 0],
-        "leave_one_out": [1.5 / 2, 0, 2 / 2, 1.5 / 2, 0],
+        "leave_one_out": [1.5 / 2, 0, 1 - 0.5 / 3, 1.5 / 2, 0],
         "beta": [3.5 / 5, 1 / 4, 3.5 / 5, 3.5 / 5, 1 / 4],
     }
     for estimate, rates in expected.items():

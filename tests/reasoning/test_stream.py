@@ -311,3 +311,14 @@ def test_questions_come_in_epochs_of_all_of_them():
     for _ in range(3):
         prompts = np.concatenate([next(rollouts)["prompt"] for _ in range(2)])
         assert len(np.unique(prompts, axis=0)) == 6
+
+
+def test_answers_to_the_same_question_follow_from_seed_and_batch():
+    fields = {"band": None, "num_groups": 1, "batch_questions": 1, "num_samples": 8}
+
+    def answers(seed):
+        rollouts = tabular_stream(threshold_task([5]), seed=seed, **fields)
+        return [next(rollouts)["answer"].tobytes() for _ in range(3)]
+
+    assert len({*answers(0), *answers(1)}) == 6
+    assert answers(0) == answers(0)

@@ -1,6 +1,7 @@
 """Answers token by token: the same as whole forwards, wherever and whenever they are drawn."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -206,15 +207,15 @@ def table_decoder(table=TABLE):
 
 
 def cut_law(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """By the definitions, one cut after the other, in float64; TABLE's tokens are in order."""
-    p = np.exp(TABLE) / np.exp(TABLE).sum()
+    """Temperature, then one cut after the other, in float64; TABLE's tokens are in order."""
+    p = np.exp(TABLE / temperature) / np.exp(TABLE / temperature).sum()
     kept = np.ones(10, bool)
     if top_k:
         kept[top_k:] = False
     inside = np.where(kept, p, 0) / p[kept].sum()
     kept &= np.cumsum(inside) - inside < top_p
     kept &= p >= min_p * p.max()
-    law = np.where(kept, p ** (1 / temperature), 0)
+    law = np.where(kept, p, 0)
     return law / law.sum()
 
 
@@ -243,6 +244,32 @@ def test_tokens_have_the_law_that_the_options_say(options):
     np.testing.assert_allclose(told[0], np.log(law[tokens]), atol=1e-5)
     np.testing.assert_allclose(told[1], np.log(cut_law()[tokens]), atol=1e-5)
     np.testing.assert_allclose(found.report.entropies, scipy.stats.entropy(cut_law()), atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [None, 8])
+def test_a_mesh_splits_keys_and_values(slots):
+    network = Decoder(11, width=16, depth=1, num_heads=2, num_kv_heads=2, mlp_width=16, tied=True)
+    variables = jax.eval_shape(network.init, KEY, jnp.zeros((1, 2), jnp.int32))
+    mesh = make_mesh(data=4, fsdp=2)
+
+    def draw(variables, prompts):
+        decoder = token_decoder(network.apply, variables, 11)
+        options = {"length": 24, "end_ids": (), "num_samples": 2, "slots": slots, "mesh": mesh}
+        return generate(decoder, KEY, prompts, **options).tokens
+
+    prompts = jax.ShapeDtypeStruct((16, 4), jnp.int32)
+    text = jax.jit(draw).lower(variables, prompts).compile().as_text()
+    rows = {int(row) for row in re.findall(r"f32\[(\d+),2,24,8\]", text)}
+    assert rows == {32 // 8 if slots is None else 1}
+    with pytest.raises(ValueError, match="slots=12"):
+        jax.eval_shape(
+            lambda variables, prompts: generate(
+                token_decoder(network.apply, variables, 11),
+                *(KEY, prompts),
+                **{"length": 2, "end_ids": (), "slots": 12, "mesh": mesh},
+            ),
+            *(variables, prompts),
+        )
 
 
 def test_tokens_of_an_answer_are_independent_draws():
