@@ -225,7 +225,9 @@ def test_importance_is_the_ratio_to_the_sampler_up_to_its_cap(model):
 def test_rate_may_leave_the_answer_out(model):
     batch = next(following(model, rate="leave_one_out"))
     total = batch["group_mean"] * SAMPLES
-    expected = (total - batch["outcome"]) / (SAMPLES - 1)
+    # Within half an answer of 0 and 1, where groups would teach nothing.
+    edge = 0.5 / SAMPLES
+    expected = np.clip((total - batch["outcome"]) / (SAMPLES - 1), edge, 1 - edge)
     np.testing.assert_allclose(batch["group_rate"], expected, atol=1e-6)
 
 
@@ -251,7 +253,7 @@ def test_positions_are_between_rollouts_and_of_one_seed(model):
 
 @pytest.mark.parametrize("carry_over", [False, True])
 def test_resumed_streams_give_the_same_batches_bit_for_bit(model, carry_over):
-    fields = {"carry_over": carry_over, "epochs": 2, "num_groups": 2}
+    fields = {"carry_over": carry_over, "epochs": 2, "num_groups": 2, "batch_questions": 256}
     whole = following(model, **fields)
     take(whole, 4)
     state = json.loads(json.dumps(whole.get_state()))
