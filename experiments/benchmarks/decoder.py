@@ -319,14 +319,14 @@ def main(argv: list[str]) -> None:
     }
     if unknown := sorted(set(_PARTS.value) - set(measures)):
         raise app.UsageError(f"parts {unknown} are not in {list(measures)}")
+    out = Path(_OUT.value)
     for size in _SIZES.value:
         result[size] = {}
         for part in _PARTS.value:
             result[size][part] = measures[part](size)
             print(size, part, json.dumps(result[size][part]), flush=True)
-    out = Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(result, indent=1) + "\n")  # what there is so far
 
 
 if __name__ == "__main__":
