@@ -1,4 +1,4 @@
-"""Negative-aware fine-tuning of a small decoder, beside its baselines (arXiv 2505.18116).
+r"""Negative-aware fine-tuning of a small decoder, beside its baselines (arXiv 2505.18116).
 
     python -m experiments.studies.nft [--seeds=5] [--rollouts=300] [--workers=2]
 
@@ -13,7 +13,13 @@ three evaluations), the best answer of 8, entropy, and what it took in tokens an
 95 % intervals of the difference to NFT from resampled seeds. And the identity behind it: at R = 1
 the gradients of NFT and of GRPO are the same, through all parameters of the decoder.
 
-`experiments.studies.nft_tabular` has the same question without noise. Writes nft.json and nft.png.
+With more rollouts the late phase is reached, in which methods differ:
+
+    python -m experiments.studies.nft --seeds=3 --rollouts=1000 --evaluations=20 --rates=2e-4 \
+        '--methods=NFT,GRPO,RFT,"RFT, omega = 1 - r"' --name=nft_long
+
+Killed and started again with the same workdir, it goes on. `experiments.studies.nft_tabular` has
+the same question without noise. Writes nft.json and nft.png.
 """
 
 import concurrent.futures
@@ -115,14 +121,12 @@ def learn(sizes: Sizes, run: Run) -> dict[str, Any]:
     config.evaluation.num_samples = sizes.answers
     name = f"{run.method}_{run.rate}_{run.seed}".replace(" ", "").replace(",", "_")
     directory = str(Path(sizes.workdir) / name)
-    start = time.perf_counter()
     training.train(experiments.build(config), workdir=directory, config=config)
     ledger = training.restore(directory).iterators[0]["ledger"]
     return {
         **run._asdict(),
         "curve": curves_of(directory),
         "ledger": ledger,
-        "seconds": time.perf_counter() - start,
     }
 
 
@@ -228,7 +232,6 @@ def tabulate(runs: Sequence[Mapping[str, Any]], num_params: int) -> dict[str, An
                     "old_log_probs": 2.0 * num_params * ledger["kept_tokens"],
                     "training": 6.0 * num_params * trained,
                 },
-                "seconds": float(np.mean([run["seconds"] for run in chosen])),
             }
         rates = [rate for name, rate in final if name == method]
         table[method]["best_rate"] = max(rates, key=lambda rate, m=method: final[m, rate].mean())
