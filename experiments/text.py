@@ -10,8 +10,8 @@ Beside the loop's fields (`genjax_lab.training.default_config`) a config has
   objective   arguments of `objectives.masked_diffusion_loss`; schedule by its name in
               `processes.masked`; block: tokens of a block, for block diffusion
   optimizer   as for images
-  sampler     name in genjax_lab.samplers: first_hitting, ancestral, confidence, remasking or
-              block_diffusion, and its arguments
+  sampler     name in genjax_lab.samplers: first_hitting, ancestral, tau_leaping, confidence,
+              remasking or block_diffusion, and its arguments
   evaluation  num_samples, batch_size, ema, metrics of METRICS, num_draws of masks for the bound
 
 The judge of samples is a trigram model counted from the training split, which needs no weights.
@@ -35,7 +35,14 @@ from genjax_lab.parallel import make_mesh, process_share
 from genjax_lab.processes import masked
 from genjax_lab.training import Experiment, TrainState
 
-SAMPLERS = ("first_hitting", "ancestral", "confidence", "remasking", "block_diffusion")
+SAMPLERS = (
+    "first_hitting",
+    "ancestral",
+    "tau_leaping",
+    "confidence",
+    "remasking",
+    "block_diffusion",
+)
 METRICS = ("nelbo", "perplexity", "entropy", "evaluations")
 
 # Keeps the keys of samples apart from those of training, which are children of the same seed.

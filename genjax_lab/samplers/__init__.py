@@ -1,6 +1,6 @@
 """How a sample is drawn: the `Sampler` contract, its compiled loop, and one file per method."""
 
-from genjax_lab.samplers.ancestral import AncestralReport, ancestral, remasking
+from genjax_lab.samplers.ancestral import AncestralReport, ancestral, remasking, tau_leaping
 from genjax_lab.samplers.autoregressive import (
     AnswerReport,
     Generation,
@@ -104,6 +104,7 @@ __all__ = [
     "sde_dpm_solver_pp_2m",
     "suppress_tokens",
     "switch_by_noise",
+    "tau_leaping",
     "time_steps",
     "token_decoder",
     "token_denoiser",

@@ -146,6 +146,45 @@ def ancestral(
     )
 
 
+def tau_leaping(
+    denoiser: TokenDenoiser,
+    length: int,
+    *,
+    num_steps: int,
+    schedule: MaskSchedule | None = None,
+    times: Float[np.ndarray, "steps"] | None = None,
+    temperature: float | Float[Array, ""] = 1.0,
+    time_conditioned: bool = False,
+    asynchronous: bool = False,
+) -> Sampler:
+    """Ancestral sampling with the rates of the beginning of each step (arXiv 2310.16834, Eq. 18).
+
+    A mask becomes a token with the probability min(1, -alpha'(t) (t - s) / (1 - alpha(t))) in place
+    of the exact one, which is the same where alpha is linear. Masks that are left at the end are
+    filled with the most probable tokens in one more step.
+
+    Args:
+        denoiser, length, num_steps, schedule, times, temperature: as of `ancestral`.
+        time_conditioned, asynchronous: as of `ancestral`.
+
+    Raises:
+        ValueError: as `ancestral`.
+    """
+    if asynchronous and time_conditioned:
+        raise ValueError("asynchronous sequences have no common time to tell the network")
+    schedule = linear() if schedule is None else schedule
+    times = _times(num_steps, times)
+    start = jnp.asarray(times[:-1], jnp.float32)
+    share, rate = (np.asarray(f(start), np.float64) for f in (schedule.masked, schedule.rate))
+    zero = np.zeros(num_steps)
+    reveal = np.minimum(1.0, rate * (times[:-1] - times[1:]) / share)
+    path = _Path(times[:-1], reveal, share, zero, zero.astype(bool))
+    options = DrawOptions(temperature).checked(denoiser.vocab_size)
+    return _sampler(
+        denoiser, length, path, "two_stage", options, time_conditioned, True, asynchronous
+    )
+
+
 def remasking(
     denoiser: TokenDenoiser,
     length: int,

@@ -23,6 +23,7 @@ from genjax_lab.evaluation import (
     prediction_table,
     total_variation,
 )
+from genjax_lab.processes import masked
 from genjax_lab.samplers import (
     ancestral,
     confidence,
@@ -31,6 +32,7 @@ from genjax_lab.samplers import (
     remasking,
     sample,
     suppress_tokens,
+    tau_leaping,
     token_denoiser,
 )
 from genjax_lab.samplers.base import example_keys, step_keys
@@ -204,6 +206,25 @@ def test_ancestral_samples_have_the_enumerated_law(table, draw, asynchronous):
     )
     tokens, _ = sample(sampler, jax.random.key(2), shape=(20_000, LENGTH))
     assert 1e-4 < p_value(counts(tokens), law) < 1 - 1e-4
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_tau_leaping_unmasks_at_the_rates_of_the_beginning_of_each_step(table, asynchronous):
+    # With 1 - alpha = t^2 and four steps the rates give 2 / 4, 2 / 3, 1.
+    law = ancestral_law(table, np.array([1 / 2, 2 / 3, 1.0, 1.0]))
+    options = {"num_steps": 4, "asynchronous": asynchronous}
+    sampler = tau_leaping(denoiser_of(table), LENGTH, schedule=masked.polynomial(2.0), **options)
+    tokens, _ = sample(sampler, jax.random.key(2), shape=(20_000, LENGTH))
+    assert 1e-4 < p_value(counts(tokens), law) < 1 - 1e-4
+
+    schedule = masked.cosine()
+    times = jnp.array([1.0, 0.75, 0.5, 0.25])
+    left = np.prod(1 - np.minimum(1, schedule.rate(times) / 4 / schedule.masked(times)))
+    sampler = tau_leaping(denoiser_of(table), LENGTH, schedule=schedule, **options)
+    tokens, info = sample(sampler, jax.random.key(3), shape=(20_000, LENGTH))
+    filled = np.mean(info.report.masks_filled) / LENGTH
+    assert abs(filled - left) < 4 * np.sqrt(left * (1 - left) / tokens.size)
+    assert left > 0.01 and tokens.max() < VOCAB
 
 
 def test_evaluations_of_cached_ancestral_sampling_are_those_of_the_formula():
