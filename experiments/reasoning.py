@@ -105,13 +105,19 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
+def build(config: ml_collections.ConfigDict, *, task: reasoning.Task | None = None) -> Experiment:
     """Builds the experiment of a config.
+
+    Args:
+      config: the config.
+      task: one's own, in place of `config.task`; a checkpoint does not know it.
 
     Raises:
       ValueError: if a name is unknown, or arguments or numbers do not fit.
     """
     questions = Questions(config)
+    if task is not None:
+        questions.task = task
     network = make_network(config, questions)
     judge = AnswerJudge(config, network, questions)
     supervised = config.method == "sft"
@@ -540,7 +546,10 @@ class AnswerJudge:
         metrics: Sequence[str] | None = None,
         progress: bool = False,
     ) -> dict[str, float]:
-        """Metrics of answers to the questions for testing; see `evaluation.answer_summary`."""
+        """Metrics of answers to the questions for testing; see `evaluation.answer_summary`.
+
+        Answers with an outcome above 1/2 are right, but for truncated ones.
+        """
         settings, questions = self._config.evaluation, self._questions
         count = settings.answers_per_problem
         seeds = np.asarray(range(settings.num_samples) if seeds is None else seeds)
@@ -557,7 +566,7 @@ class AnswerJudge:
             told = questions.codec.decode(flat(drawn.tokens), flat(drawn.mask))
             repeated = [problem for problem in chosen for _ in range(count)]
             outcome = reasoning.verified(questions.task, repeated, told).reshape(-1, count)
-            outcomes.append(np.where(drawn.report.truncated, 0, outcome))
+            outcomes.append(np.where(drawn.report.truncated, 0, outcome > 0.5))
             lengths.append(drawn.report.lengths)
             truncated.append(drawn.report.truncated)
             entropies.append(drawn.report.entropies.sum())

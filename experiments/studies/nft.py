@@ -44,6 +44,7 @@ import experiments
 from configs import arithmetic_nft, digit_sum_sft
 from experiments.launch import quiet_libraries, shown_command
 from genjax_lab import networks, objectives, training
+from genjax_lab.reasoning import Ledger
 
 matplotlib.use("Agg")  # no display is needed to write a file
 
@@ -220,18 +221,13 @@ def tabulate(runs: Sequence[Mapping[str, Any]], num_params: int) -> dict[str, An
             ledger = {
                 k: float(np.mean([r["ledger"][k] for r in chosen])) for k in chosen[0]["ledger"]
             }
-            trained, generated = ledger["trained_tokens"], ledger["generated_tokens"]
             table[method][str(rate)] = {
                 "accuracy": float(np.mean(last["avg_at_8"])),
                 "accuracy_of_seeds": last["avg_at_8"],
                 "pass_at_8": float(np.mean(last["pass_at_8"])),
                 "entropy": float(np.mean(last["entropy"])),
                 "ledger": ledger,
-                "floating_point_operations": {
-                    "generation": 2.0 * num_params * generated,
-                    "old_log_probs": 2.0 * num_params * ledger["kept_tokens"],
-                    "training": 6.0 * num_params * trained,
-                },
+                "floating_point_operations": Ledger(**ledger).floating_point_operations(num_params),
             }
         rates = [rate for name, rate in final if name == method]
         table[method]["best_rate"] = max(rates, key=lambda rate, m=method: final[m, rate].mean())

@@ -139,7 +139,7 @@ def answer_objective(
 def answer_likelihood(
     apply: Callable[..., tuple[Array, Array]], *, chunk: int | None = None
 ) -> Objective:
-    """Supervised learning: the mean over tokens of -log p(token) of the answers given.
+    """Supervised learning: sums over tokens of -log p(token) of given answers, by their weights.
 
     Args:
         apply, chunk: as of `answer_objective`.
