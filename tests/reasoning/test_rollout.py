@@ -318,7 +318,7 @@ def test_truncated_answers_may_be_left_out_of_training():
 
 def test_left_overs_come_first_in_the_next_rollout_with_the_log_probs_of_their_policy():
     task = threshold_task(MIXED)
-    fields = {"num_groups": 3, "num_samples": 4, "batch_questions": 5, "seed": 5}
+    fields = {"num_groups": 3, "num_samples": 4, "batch_questions": 5, "seed": 10}
     rollouts = stream(task, carry_over=True, **fields)
     next(rollouts)
     carried = rollouts.get_state()["carried"]
@@ -426,8 +426,13 @@ def test_statistics_of_a_rollout():
         asking(groups, slot_steps=40), num_groups=3, strategy="partial", max_batches=1
     )
     assert rollout_statistics(filled) == pytest.approx(expected)
-    nothing = Collected(useless(0), [], Ledger(batches=1, questions=1, answers=2))
+    nothing = Collected(useless(0), [], Ledger(1, questions=1, answers=2, slot_steps=8))
     assert set(rollout_statistics(nothing).values()) == {0.0}
+    # What was not asked has no shares.
+    found = rollout_statistics(Collected(groups, [], Ledger(kept_questions=3, kept_tokens=20)))
+    assert np.isnan(
+        [found[name] for name in ("accuracy", "kept", "truncated", "utilisation")]
+    ).all()
 
 
 def test_every_row_of_a_batch_carries_the_statistics():
