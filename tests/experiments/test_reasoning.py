@@ -106,7 +106,7 @@ def test_examples_are_learnt_and_logged(base):
 
 def carrying(base, **changes):
     config = negative_aware(str(base), **changes)
-    config.rollout.carry_over = True
+    config.rollout.update({"carry_over": True, "batch_questions": 64})
     return config
 
 
