@@ -59,7 +59,7 @@ def test_decoder_benchmark_compares_with_transformers_and_with_itself(tmp_path):
     start(
         "benchmarks.decoder",
         *("--repeats=1", "--sizes=tiny", "--batch_size=8", "--length=4", "--limit=8", "--queue=2"),
-        *("--vocabulary=64", f"--out={tmp_path}/d.json"),
+        *("--parts=transformers,losses,slots,prompts", f"--out={tmp_path}/d.json"),
     )
     result = json.loads((tmp_path / "d.json").read_text())["tiny"]
     assert result["transformers"]["generation_ratio"] > 0

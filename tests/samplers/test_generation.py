@@ -348,7 +348,7 @@ def test_weights_that_change_need_no_new_program():
         ({"prompt_ids": [0, 1]}, "prompt_ids"),
         ({"prompt_ids": [0.0, 1.0, 2.0, 3.0]}, "prompt_ids"),
         ({"prompt_ids": [0, 1, 2, -3]}, "seeds"),
-        ({"mesh": "mesh", "num_samples": 3}, "divisible"),
+        ({"mesh": "mesh", "num_samples": 3}, "multiple of the mesh"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
