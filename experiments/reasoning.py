@@ -38,7 +38,12 @@ from tqdm import tqdm
 
 from experiments.building import construct, default_optimizer, make_optimizer
 from genjax_lab import data, evaluation, networks, objectives, pretrained, reasoning, samplers
-from genjax_lab.parallel import batch_sharding, make_mesh, process_share
+from genjax_lab.parallel import (
+    batch_sharding,
+    make_mesh,
+    parameter_shardings,
+    process_share,
+)
 from genjax_lab.training import Experiment, TrainState, restore
 
 TASKS = ("digit_sum", "addition", "countdown", "jsonl")
@@ -347,6 +352,7 @@ def make_stream(
         if not config.get("base"):
             raise ValueError("config.objective.kl_coefficient needs config.base, the reference")
         reference = initial_variables(config, network, jax.random.key(0))
+        reference = jax.device_put(reference, parameter_shardings(reference, mesh))
     temperature = config.rollout.temperature
 
     def generate(variables, key, prompts, mask):
@@ -461,7 +467,7 @@ class Demonstrations:
             shard_index=index,
             shard_count=count,
         )
-        self._step, self._size = 0, config.batch_size
+        self._step = 0
 
     def __iter__(self) -> "Demonstrations":
         return self
@@ -535,7 +541,7 @@ class AnswerJudge:
                 mesh=self._mesh(),
                 **self._config.sampler,
             )
-            host = jax.tree.map(reasoning.to_host, generation)
+            host = reasoning.received(generation)
             yield part, prompts[: len(part)], _first(host, len(part))
 
     def evaluate(

@@ -337,13 +337,11 @@ def ask(
     task: Task, codec: Codec, problems: Sequence, generate: Callable[[], Generation]
 ) -> tuple[list[AnsweredProblem], int]:
     """Answers to problems, judged by the task's verifier, and the slot steps they took."""
-    generation = jax.tree.map(to_host, generate())
+    generation = received(generate())
     count = generation.tokens.shape[1]
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     texts = codec.decode(flat(generation.tokens), flat(generation.mask))
     repeated = [problem for problem in problems for _ in range(count)]
-    if np.isnan(generation.report.log_probs).any():
-        raise ValueError("the network gives NaN for answers that it draws itself; it has diverged")
     outcome = verified(task, repeated, texts).reshape(-1, count)
     if not ((outcome >= 0) & (outcome <= 1)).all():
         raise ValueError("task.verify must give outcomes in [0, 1]")
@@ -363,6 +361,14 @@ def ask(
         for i in range(len(problems))
     ]
     return answered, int(report.slot_steps)
+
+
+def received(generation: Generation) -> Generation:
+    """As numpy; a ValueError if the network gave NaN, of which no token can be drawn."""
+    generation = jax.tree.map(to_host, generation)
+    if np.isnan(generation.report.log_probs).any():
+        raise ValueError("the network gives NaN for answers that it draws itself; it has diverged")
+    return generation
 
 
 def verified(task: Task, problems: Sequence, texts: Sequence[str]) -> np.ndarray:
