@@ -1,5 +1,6 @@
 """Attention over several sets of keys as one, from the attention over each of them."""
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -37,16 +38,25 @@ def merge_attentions(
                 f"{out.shape} and {lse.shape}"
             )
     exact = jnp.promote_types(jnp.result_type(*lses), jnp.float32)
-    lse = jnp.stack([jnp.asarray(lse, exact) for lse in lses])
-    values = jnp.stack([jnp.asarray(out, exact) for out in outs])
-    is_empty = jnp.isneginf(lse)
+    lses = [jnp.asarray(lse, exact) for lse in lses]
+    is_empty = [jnp.isneginf(lse) for lse in lses]
     # Whatever is subtracted cancels; 0 stands in for -inf so that no gradient is NaN.
-    top = jnp.max(jnp.where(is_empty, jnp.finfo(exact).min, lse), axis=0)
-    top = jnp.where(jnp.all(is_empty, axis=0), 0, top)
-    weights = jnp.exp(lse - top)
-    total = jnp.sum(weights, axis=0)
+    top = functools.reduce(
+        jnp.maximum,
+        (jnp.where(e, jnp.finfo(exact).min, x) for e, x in zip(is_empty, lses, strict=True)),
+    )
+    top = jnp.where(functools.reduce(jnp.logical_and, is_empty), 0, top)
+    weights = [jnp.exp(lse - top) for lse in lses]
+    total = functools.reduce(jnp.add, weights)
     nothing = total == 0
     safe = jnp.where(nothing, 1, total)
-    out = jnp.sum(weights[..., None] * jnp.where(is_empty[..., None], 0, values), 0)
+    # One after the other: stacked, they would be copied first.
+    out = functools.reduce(
+        jnp.add,
+        (
+            w[..., None] * jnp.where(e[..., None], 0, jnp.asarray(x, exact))
+            for w, e, x in zip(weights, is_empty, outs, strict=True)
+        ),
+    )
     merged = jnp.where(nothing, -jnp.inf, top + jnp.log(safe))
     return (out / safe[..., None]).astype(outs[0].dtype), merged

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from genjax_lab.attention.merging import merge_attentions
 from genjax_lab.networks.rotary import rotary_angles, rotate
 
+# Columns of keys are the last axis, as the product with one query reads them.
 KeysValues = tuple[
-    Float[Array, "batch kv_heads columns head_dim"], Float[Array, "batch kv_heads columns head_dim"]
+    Float[Array, "batch kv_heads head_dim columns"], Float[Array, "batch kv_heads columns head_dim"]
 ]
 MaskedAttention = Callable[[Array, Array, Array, Bool[Array, "batch 1 length length"]], Array]
 
@@ -42,8 +44,8 @@ class SharedKeys(NamedTuple):
     """What a step of generation sees of the prompts.
 
     Attributes:
-        keys_values: of each block, [prompts, kv_heads, columns, head_dim]. Prompt i is seen by the
-            answers i K .. i K + K - 1 where there are K times as many answers.
+        keys_values: of each block, `KeysValues`. Prompt i is seen by the answers i K .. i K + K - 1
+            where there are K times as many answers.
         visible: [prompts, columns], False for padding.
     """
 
@@ -230,18 +232,16 @@ class Decoder(nn.Module):
     ) -> SharedKeys:
         """Keys and values of left-padded prompts; there may be no columns."""
         if not tokens.shape[1]:
-            empty = jnp.zeros((len(tokens), self.num_kv_heads, 0, self._head_dim), self.dtype)
-            return SharedKeys(((empty, empty),) * self.depth, token_mask)
+            return SharedKeys(self.empty_ring(len(tokens), 0), token_mask)
         _, own = self._blocks(tokens, token_mask, None)
         if self.scan:
             own = tuple(jax.tree.map(lambda x, i=i: x[i], own) for i in range(self.depth))
-        return SharedKeys(tuple((_by_heads(k), _by_heads(v)) for k, v in own), token_mask)
+        return SharedKeys(tuple(_by_heads(k, v) for k, v in own), token_mask)
 
     def empty_ring(self, answers: int, columns: int) -> tuple[KeysValues, ...]:
         """Room for keys and values of answers."""
-        shape = (answers, self.num_kv_heads, columns, self._head_dim)
-        zeros = jnp.zeros(shape, self.dtype)
-        return ((zeros, zeros),) * self.depth
+        zeros = jnp.zeros((answers, columns, self.num_kv_heads, self._head_dim), self.dtype)
+        return (_by_heads(zeros, zeros),) * self.depth
 
     def decode(
         self,
@@ -272,7 +272,7 @@ class Decoder(nn.Module):
             raise ValueError("decode needs causal=True and scan=False; see networks.unstacked")
         x = jnp.asarray(self.embedding)[tokens].astype(self.dtype)[:, None]
         angles = rotary_angles(positions[:, None], self._head_dim, base=self.rope_theta)
-        columns = ring[0][0].shape[2]
+        columns = ring[0][0].shape[3]
         seen = (column - jnp.arange(columns)) % columns <= age[:, None]
         updated = []
         for number, block in enumerate(self.block):
@@ -365,10 +365,12 @@ class DecoderBlock(nn.Module):
 
         def attend(query, key, value):
             own = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, _by_heads(new), column, axis=2)
-                for old, new in zip(ring, (key, value), strict=True)
+                jax.lax.dynamic_update_slice_in_dim(old, new, column, axis)
+                for old, new, axis in zip(ring, _by_heads(key, value), (3, 2), strict=True)
             )
-            return _attend_parts(query, prompt, (*own, seen)), own
+            parts = (_attend_part(query, *prompt), _attend_part(query, *own, seen))
+            out, _ = merge_attentions(*zip(*parts, strict=True))
+            return out.astype(query.dtype), own
 
         return self._block(x, angles, attend)
 
@@ -398,30 +400,34 @@ class DecoderBlock(nn.Module):
         return nn.Dense(size, use_bias=bias, dtype=self.dtype, kernel_init=init, name=name)
 
 
-def _attend_parts(query, *parts):
-    """Attention of one token of each answer to several parts (keys, values, visible).
+def _attend_part(query, keys, values, visible):
+    """Attention of one token of each answer to keys and values of which K answers share one.
 
-    Of each part there is one for every K answers, so that what answers share is read once.
+    Queries of the answers and heads that share keys are rows of one matrix, so that these are read
+    once. Returns (out, log of the sum of exponentials), as `merge_attentions` takes them.
     """
     answers, _, heads, head_dim = query.shape
+    groups, kv_heads, _, columns = keys.shape
     exact = jnp.promote_types(query.dtype, jnp.float32)
-    logits = []
-    for keys, _, visible in parts:
-        groups, kv_heads, columns, _ = keys.shape
-        q = query.reshape(groups, answers // groups, kv_heads, heads // kv_heads, head_dim)
-        part = jnp.einsum("nkhgd,nhcd->nhkgc", q, keys, preferred_element_type=exact)
-        part = jnp.where(visible[:, None, None, None], part, jnp.finfo(exact).min)
-        part = jnp.moveaxis(part, 1, 2).reshape(answers, heads, columns)
-        logits.append(part / head_dim**0.5)
-    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(query.dtype)
-    out, first = 0.0, 0
-    for _, values, _ in parts:
-        groups, kv_heads, columns, _ = values.shape
-        w = weights[..., first : first + columns]
-        w = w.reshape(groups, answers // groups, kv_heads, heads // kv_heads, columns)
-        part = jnp.einsum("nkhgc,nhcd->nkhgd", w, values, preferred_element_type=exact)
-        out, first = out + part.reshape(answers, 1, heads, head_dim), first + columns
-    return out.astype(query.dtype)
+    if not columns:
+        return jnp.zeros_like(query), jnp.full(query.shape[:-1], -jnp.inf, exact)
+    split = (groups, answers // groups, kv_heads, heads // kv_heads)
+    rows = jnp.swapaxes(query.reshape(*split, head_dim), 1, 2)
+    rows = rows.reshape(groups, kv_heads, -1, head_dim)
+    logits = jnp.einsum("nhqd,nhdc->nhqc", rows, keys, preferred_element_type=exact)
+    logits = jnp.where(visible[:, None, None], logits / head_dim**0.5, jnp.finfo(exact).min)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum(
+        "nhqc,nhcd->nhqd", weights.astype(values.dtype), values, preferred_element_type=exact
+    )
+
+    def by_answers(x):
+        x = jnp.swapaxes(x.reshape(groups, kv_heads, *split[1::2], -1), 1, 2)
+        return x.reshape(answers, 1, heads, -1)
+
+    return by_answers(out / total), by_answers(largest + jnp.log(total))[..., 0]
 
 
 def unstacked(network: Decoder, variables: Mapping[str, Any]) -> tuple[Decoder, dict[str, Any]]:
@@ -445,8 +451,9 @@ def stacked(network: Decoder, variables: Mapping[str, Any]) -> tuple[Decoder, di
     return network.clone(scan=True), {**variables, "params": params}
 
 
-def _by_heads(x: Float[Array, "batch length heads head_dim"]) -> Array:
-    return jnp.swapaxes(x, 1, 2)
+def _by_heads(key: Array, value: Array) -> KeysValues:
+    """From [batch, columns, kv_heads, head_dim] each."""
+    return jnp.moveaxis(key, 1, 3), jnp.swapaxes(value, 1, 2)
 
 
 def _matmul_float32(x: Array, kernel: Array) -> Array:
