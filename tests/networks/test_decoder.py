@@ -211,7 +211,7 @@ def test_steps_with_kept_keys_are_whole_forwards(quick_jit, random_variables, he
     expected = np.asarray(quick_jit(network.apply)(variables, TOKENS))
     prefill = quick_jit(lambda *a: network.apply(variables, *a, method="prefill"))
     shared = prefill(TOKENS[:, :3], jnp.ones((2, 3), bool))
-    assert shared.keys_values[0][0].shape == (2, 2, 3, size)
+    assert shared.keys_values[0][0].shape == (2, 2, size, 3)
     ring = network.apply(variables, 2, 5, method="empty_ring")
     step = quick_jit(lambda *a: network.apply(variables, *a, method="decode"))
     for place in range(3, 7):
