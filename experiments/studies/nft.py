@@ -6,7 +6,8 @@ A decoder of 64 features and 2 layers learns from examples to write numbers as s
 until a third of its answers is right (configs/digit_sum_sft.py). From there on it learns from its
 own answers only: 300 rollouts (configs/arithmetic_nft.py), each method at three learning rates and
 several seeds, a seed's methods from the same start. Every rollout asks 64 questions 8 times and
-learns from the useful ones, 32 at most, so that all methods generate equally many tokens.
+learns from the useful ones, 32 at most, so that all methods generate equally many tokens. Losses
+are means over tokens for all methods.
 
 Told are, at equal learning rates and with each method at its best: accuracy (mean of the last
 three evaluations), the best answer of 8, entropy, and what it took in tokens and operations; with
@@ -15,8 +16,8 @@ the gradients of NFT and of GRPO are the same, through all parameters of the dec
 
 With more rollouts the late phase is reached, in which methods differ:
 
-    python -m experiments.studies.nft --seeds=3 --rollouts=1000 --evaluations=20 --rates=2e-4 \
-        '--methods=NFT,GRPO,RFT,"RFT, omega = 1 - r"' --name=nft_long
+    python -m experiments.studies.nft --rollouts=1000 --evaluations=20 --rates=1e-4,2e-4,4e-4 \
+        '--methods=NFT,GRPO,DAPO,RFT,"RFT, omega = 1 - r"' --name=nft_long
 
 Killed and started again with the same workdir, it goes on. `experiments.studies.nft_tabular` has
 the same question without noise. Writes nft.json and nft.png.
@@ -71,6 +72,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "naive +-": {"method": "signed_likelihood"},
 }
 CURVES = ("avg_at_8", "pass_at_8", "entropy")
+COSTS = ("generated_tokens", "kept_tokens", "trained_tokens")
 
 
 class Run(NamedTuple):
@@ -113,7 +115,7 @@ def learn(sizes: Sizes, run: Run) -> dict[str, Any]:
     config.seed, config.progress = 1000 + run.seed, False
     fields = METHODS[run.method]
     config.method = fields["method"]
-    config.objective = fields.get("objective", {})
+    config.objective = {"aggregation": "token-mean"} | fields.get("objective", {})
     config.optimizer.learning_rate = run.rate
     config.rollout.update({"strategy": "partial", "max_batches": 1})
     config.num_steps = sizes.rollouts * config.steps_per_call
@@ -133,8 +135,11 @@ def learn(sizes: Sizes, run: Run) -> dict[str, Any]:
 
 def curves_of(directory: str) -> list[dict[str, float]]:
     rows = training.read_metrics(directory)
+    ledgers = {row["step"]: row for row in rows if "ledger/answers" in row}
     return [
-        {"step": row["step"]} | {name: row[f"eval/{name}"] for name in CURVES}
+        {"step": row["step"]}
+        | {name: row[f"eval/{name}"] for name in CURVES}
+        | {name: ledgers.get(row["step"], {}).get(f"ledger/{name}") for name in COSTS}
         for row in rows
         if "eval/entropy" in row
     ]
@@ -250,14 +255,20 @@ def tabulate(runs: Sequence[Mapping[str, Any]], num_params: int) -> dict[str, An
     return table
 
 
+def operations(point: Mapping[str, float], num_params: int) -> float:
+    """What it took to come there."""
+    ledger = Ledger(**{name: point[name] for name in COSTS})
+    return sum(ledger.floating_point_operations(num_params).values())
+
+
 def _last(run: Mapping[str, Any], name: str) -> float:
     return float(np.mean([row[name] for row in run["curve"][-3:]]))
 
 
-def draw(runs: Sequence[Mapping[str, Any]], start: float, path: Path) -> None:
-    """Errors and entropies against rollouts, a column for each rate."""
+def draw(runs: Sequence[Mapping[str, Any]], start: float, num_params: int, path: Path) -> None:
+    """Errors and entropies against rollouts, errors against operations; a column for each rate."""
     rates = list(dict.fromkeys(run["rate"] for run in runs))
-    figure, axes = plt.subplots(2, len(rates), figsize=(4.2 * len(rates), 6), squeeze=False)
+    figure, axes = plt.subplots(3, len(rates), figsize=(4.2 * len(rates), 9), squeeze=False)
     for column, rate in enumerate(rates):
         for method in dict.fromkeys(run["method"] for run in runs):
             chosen = [r for r in runs if r["method"] == method and r["rate"] == rate]
@@ -268,10 +279,15 @@ def draw(runs: Sequence[Mapping[str, Any]], start: float, path: Path) -> None:
                 mean = values.mean(axis=0)
                 axes[row, column].plot(steps, mean, label=method, lw=1.3)
                 axes[row, column].fill_between(steps, values.min(0), values.max(0), alpha=0.08)
+            costs = [[operations(point, num_params) for point in run["curve"]] for run in chosen]
+            errors = [[1 - point["avg_at_8"] for point in run["curve"]] for run in chosen]
+            axes[2, column].plot(np.mean(costs, axis=0), np.mean(errors, axis=0), lw=1.3)
         axes[0, column].axhline(start, color="gray", lw=0.8, ls=":")
         axes[0, column].set(title=f"learning rate {rate}", yscale="log")
         axes[1, column].set(xlabel="rollouts")
-    axes[0, 0].set_ylabel("share of wrong answers")
+        axes[2, column].set(xlabel="floating point operations", yscale="log")
+    for row in (0, 2):
+        axes[row, 0].set_ylabel("share of wrong answers")
     axes[1, 0].set_ylabel("entropy, nats a token")
     axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
@@ -313,7 +329,7 @@ def main(argv: list[str]) -> None:
         "methods": table,
         "curves": [
             {k: run[k] for k in Run._fields}
-            | {k: [row[k] for row in run["curve"]] for k in ("step", *CURVES)}
+            | {k: [row[k] for row in run["curve"]] for k in ("step", *CURVES, *COSTS)}
             for run in results
         ],
     }
@@ -323,6 +339,7 @@ def main(argv: list[str]) -> None:
     draw(
         results,
         1 - float(np.mean([base["avg_at_8"] for base in bases])),
+        num_params,
         out / f"{_NAME.value}.png",
     )
     for method, rows in table.items():

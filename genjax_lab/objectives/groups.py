@@ -4,6 +4,7 @@ All are computed once over everything that was sampled and are then carried by e
 shuffling answers and cutting them into batches, microbatches or shards changes nothing.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -120,13 +121,18 @@ def group_statistics(
             raise ValueError("reward must be finite")
         if np.min(ids) < 0 or np.max(ids) >= count:
             raise ValueError(f"ids must be in [0, {count}), got {np.min(ids)}..{np.max(ids)}")
+    return _statistics(outcome, ids, reward, rate, num_groups=count, **estimate)
+
+
+@functools.partial(jax.jit, static_argnames=("num_groups", "estimate", "prior"))
+def _statistics(outcome, ids, reward, rate, *, num_groups: int, **estimate: Any) -> Groups:
     exact = jnp.promote_types(outcome.dtype, jnp.float32)
     outcome, reward = outcome.astype(exact), reward.astype(exact)
     if rate is None:
         rate = correctness_rate(outcome, ids, num_groups=num_groups, **estimate)
     mean = group_mean(reward, ids, num_groups=num_groups)
     # Of the deviations, not of the squares: equal rewards have the deviation 0, exactly.
-    deviation = jnp.where(_is_constant(reward, ids, count), 0, reward - mean)
+    deviation = jnp.where(_is_constant(reward, ids, num_groups), 0, reward - mean)
     variance = group_mean(jnp.square(deviation), ids, num_groups=num_groups)
     size = _group_sum(jnp.ones_like(outcome), ids, num_groups)
     return Groups(ids, size, jnp.asarray(rate, exact), reward, mean, jnp.sqrt(variance))

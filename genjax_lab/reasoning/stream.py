@@ -161,6 +161,10 @@ class AnswerStream:
         """Takes the variables that the next rollout is made with."""
         self._variables = variables
 
+    def counters(self) -> dict[str, int]:
+        """The ledger, by the names of the log."""
+        return {f"ledger/{name}": value for name, value in self.ledger._asdict().items()}
+
     def __iter__(self) -> "AnswerStream":
         return self
 

@@ -25,6 +25,7 @@ class BatchIterator(Protocol):
 
     Where data are made by the model as it stands, the iterator has a method `follow(variables)`,
     too. The loop calls it before it draws the batches of a call, which the next step makes invalid.
+    With a method `counters() -> {name: number}` what it has cost so far stands in the log, too.
     """
 
     def __next__(self) -> dict[str, Shaped[np.ndarray, "rows ..."]]:

@@ -94,6 +94,7 @@ def train(
         batches.set_state(_iterator_state(position))
 
     follow = getattr(batches, "follow", None)
+    counters = getattr(batches, "counters", dict)
     is_writer = jax.process_index() == 0
     if is_writer:
         _describe_launch(workdir, config)
@@ -113,13 +114,13 @@ def train(
             total=num_steps, initial=step, disable=not (config["progress"] and is_writer)
         ) as bar,
     ):
-        in_flight: list[tuple[int, dict[str, jax.Array]]] = []
+        in_flight: list[tuple[int, dict[str, jax.Array], dict[str, float]]] = []
 
         def fetch_metrics(leave: int) -> None:
             while len(in_flight) > leave:
-                last_step, metrics = in_flight.pop(0)
+                last_step, metrics, counted = in_flight.pop(0)
                 metrics = jax.device_get(metrics)
-                log.add(last_step, metrics)
+                log.add(last_step, metrics, counted)
                 bar.update(steps_per_call)
                 bar.set_postfix(loss=f"{metrics['loss'][-1]:.4g}", refresh=False)
                 train_step.check(metrics, last_step)
@@ -137,7 +138,7 @@ def train(
             batch = global_batch(_next_batches(batches, steps_per_call), mesh, batch_axis=1)
             state, metrics = train_step.step(state, batch)
             step += steps_per_call
-            in_flight.append((step, metrics))
+            in_flight.append((step, metrics, counters()))
             # Waits for the call before this one, so that the device always has one to work on.
             fetch_metrics(leave=1)
 

@@ -62,10 +62,16 @@ class MetricLog:
                 str(Path(directory) / "tensorboard"), purge_step=step + 1
             )
 
-    def add(self, last_step: int, metrics: Mapping[str, Float[np.ndarray, "steps"]]) -> None:
+    def add(
+        self,
+        last_step: int,
+        metrics: Mapping[str, Float[np.ndarray, "steps"]],
+        counters: Mapping[str, float] | None = None,
+    ) -> None:
         """Takes the metrics of consecutive optimiser steps, the last of them `last_step`.
 
         A row's value is the mean over those of its steps where it was finite; null if nowhere.
+        Counters are logged as they stand after the last of the steps.
         """
         metrics = {name: np.asarray(values, np.float64) for name, values in metrics.items()}
         num_steps = len(next(iter(metrics.values())))
@@ -79,15 +85,15 @@ class MetricLog:
                 self._sums[name] = [value, 1] if keeps_last else [total + value, count + 1]
             step = last_step - num_steps + 1 + index
             if step % self._log_every == 0:
-                self._write_window(step, set(metrics) - set(_UNLOGGED))
+                self._write_window(step, set(metrics) - set(_UNLOGGED), counters or {})
 
-    def _write_window(self, step: int, names: set[str]) -> None:
+    def _write_window(self, step: int, names: set[str], counters: Mapping[str, float]) -> None:
         row = {}
         for name in sorted(names | set(self._sums)):
             total, count = self._sums.get(name, (0.0, 0))
             row[name] = total / count if count else math.nan
         self._sums = {}
-        self.write(step, row)
+        self.write(step, row | dict(counters))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one row at once; values that are not finite become null."""
