@@ -49,7 +49,7 @@ from genjax_lab.training import Experiment, TrainState, restore
 TASKS = ("digit_sum", "addition", "countdown", "jsonl")
 # Keeps the keys of samples apart from those of training, which are children of the same seed.
 _SAMPLING_STREAM = 2**31
-_OF_OBJECTIVE = ("chunk", "kl_coefficient", "kl_kind", "entropy_coefficient")
+_OF_OBJECTIVE = ("chunk", "kl_coefficient", "kl_kind", "entropy_coefficient", "diagnostics")
 
 
 class Method(NamedTuple):
@@ -110,12 +110,18 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
-def build(config: ml_collections.ConfigDict, *, task: reasoning.Task | None = None) -> Experiment:
+def build(
+    config: ml_collections.ConfigDict,
+    *,
+    task: reasoning.Task | None = None,
+    reward: reasoning.Reward | None = None,
+) -> Experiment:
     """Builds the experiment of a config.
 
     Args:
       config: the config.
       task: one's own, in place of `config.task`; a checkpoint does not know it.
+      reward: one's own reward of policy gradients, in place of `config.reward`; likewise.
 
     Raises:
       ValueError: if a name is unknown, or arguments or numbers do not fit.
@@ -133,7 +139,7 @@ def build(config: ml_collections.ConfigDict, *, task: reasoning.Task | None = No
         batches=(
             (lambda state: Demonstrations(config, questions))
             if supervised
-            else (lambda state: make_stream(config, network, questions))
+            else (lambda state: make_stream(config, network, questions, reward))
         ),
         evaluate=judge.evaluate,
         sample=judge.sample,
@@ -319,6 +325,11 @@ def settings_of(config: ml_collections.ConfigDict) -> reasoning.RolloutSettings:
         fields.pop(name, None)
     if fields.get("band") is not None:
         fields["band"] = tuple(fields["band"])
+    if not config.rollout.temperature > 0:
+        raise ValueError(
+            f"config.rollout.temperature={config.rollout.temperature} must be positive: answers are "
+            "trained at the temperature at which they were drawn"
+        )
     aggregation = config.objective.get("aggregation") or method_of(config).aggregation
     one_term = config.method in ("nft", "rft") and config.objective.get("ratio", "token") != "token"
     if one_term and "token-mean" in aggregation:
@@ -343,7 +354,10 @@ def settings_of(config: ml_collections.ConfigDict) -> reasoning.RolloutSettings:
 
 
 def make_stream(
-    config: ml_collections.ConfigDict, network: networks.Decoder, questions: Questions
+    config: ml_collections.ConfigDict,
+    network: networks.Decoder,
+    questions: Questions,
+    reward: reasoning.Reward | None = None,
 ) -> reasoning.AnswerStream:
     """The batches of a config: what the model answers, judged."""
     settings, mesh = settings_of(config), make_mesh(**config.mesh)
@@ -397,24 +411,23 @@ def make_stream(
         settings=settings,
         seed=config.seed,
         judged_rows=settings.batch_size // config.accumulation_steps,
-        reward=reward_of(config),
+        reward=reward or reward_of(config),
         share=process_share(mesh),
         reference=reference,
     )
 
 
-def reward_of(config: ml_collections.ConfigDict) -> Callable[..., np.ndarray] | None:
-    """(outcome, lengths, truncated) -> reward, as `config.reward` says; None for the outcome."""
+def reward_of(config: ml_collections.ConfigDict) -> reasoning.Reward | None:
+    """The reward that `config.reward` describes; None for the outcome."""
     fields = config.reward
     if not fields.signed and not fields.overlong_buffer:
         return None
 
-    def reward(outcome, lengths, truncated):
-        del truncated
-        value = 2 * outcome - 1 if fields.signed else outcome
+    def reward(answers):
+        value = 2 * answers.outcome - 1 if fields.signed else answers.outcome
         if fields.overlong_buffer:
             value = value + objectives.overlong_penalty(
-                lengths,
+                answers.lengths,
                 max_length=config.answer_length,
                 buffer=fields.overlong_buffer,
                 factor=fields.overlong_factor,

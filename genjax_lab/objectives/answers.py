@@ -8,11 +8,17 @@ policy that gave it, its outcome, what it knows of its group and its weight in t
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from genjax_lab.objectives.aggregation import aggregate, aggregation_weights, masked_mean
+from genjax_lab.objectives.answer_diagnostics import (
+    means_by_rate,
+    ratio_quantiles,
+    split_gradient,
+)
 from genjax_lab.objectives.denoising import Objective
 from genjax_lab.objectives.groups import Groups
 from genjax_lab.objectives.negative_aware import Loss
@@ -74,6 +80,7 @@ def answer_objective(
     kl_kind: str = "k3",
     entropy_coefficient: float = 0.0,
     takes_weights: bool = True,
+    diagnostics: bool = False,
 ) -> Objective:
     """The objective of batches of answers.
 
@@ -88,6 +95,10 @@ def answer_objective(
         kl_kind: see `kl_estimate`.
         entropy_coefficient: of the entropy, which is subtracted.
         takes_weights: whether the loss has the last two arguments; `online_dpo_loss` has not.
+        diagnostics: whether metrics have `ratio_quantiles`, means of answers' losses by the rate of
+            their questions ("loss_at_rate_0.25" of those around it; not of losses of pairs), and
+            `split_gradient`, too. With the last a step takes about three times as long. Of a batch
+            that is cut into microbatches they are means over these.
 
     Returns:
         An objective of batches of `answer_batch`. Beside the loss's own metrics: "entropy" of the
@@ -101,7 +112,10 @@ def answer_objective(
         raise ValueError("kl_coefficient and entropy_coefficient must be finite")
 
     def objective(variables, batch, key):
-        del key
+        value, metrics, _ = judged(variables, batch)
+        return value, metrics
+
+    def judged(variables, batch):
         _check(batch, kl_coefficient)
         tokens = jnp.concatenate([batch["prompt"], batch["answer"]], axis=1)
         seen = jnp.concatenate([batch["prompt_mask"], batch["answer_mask"]], axis=1)
@@ -131,9 +145,37 @@ def answer_objective(
             divergence = kl_estimate(log_probs, reference, kl_kind)
             value += kl_coefficient * aggregate(divergence, mask, batch["weights"])
             metrics["kl"] = masked_mean(divergence, mask)
-        return value, metrics
+        return value, metrics, log_probs
 
-    return objective
+    def diagnosed(variables, batch, key):
+        del key
+        value, metrics, log_probs = judged(variables, batch)
+        fixed = jax.lax.stop_gradient(log_probs)
+        log_ratio = fixed - batch["old_log_probs"]
+        metrics = metrics | ratio_quantiles(log_ratio, batch["counted"])
+        if takes_weights:
+            metrics |= _losses_by_rate(loss, fixed, batch)
+        split = split_gradient(objective, jax.lax.stop_gradient(variables), batch)
+        return value, metrics | {f"gradient_{name}": norm for name, norm in split.items()}
+
+    return diagnosed if diagnostics else objective
+
+
+def _losses_by_rate(loss, log_probs, batch) -> dict[str, Array]:
+    """NaN for rates that no question has."""
+
+    def of_answer(log_probs, part):
+        group = Groups(*(part[f"{_GROUP}{name}"] for name in Groups._fields))
+        options = {"weights": part["weights"], "importance": part.get("importance")}
+        arguments = (log_probs, part["old_log_probs"], part["counted"], part["outcome"])
+        return loss(*arguments, group, **options)[0]
+
+    alone = lambda tree: jax.tree.map(lambda x: x[:, None], tree)  # noqa: E731
+    losses = jax.vmap(of_answer)(alone(log_probs), alone(dict(batch)))
+    group = Groups(*(batch[f"{_GROUP}{name}"] for name in Groups._fields))
+    means = means_by_rate(losses, group)
+    centers = (np.arange(len(means)) + 0.5) / len(means)
+    return {f"loss_at_rate_{c:g}": mean for c, mean in zip(centers, means, strict=True)}
 
 
 def answer_likelihood(

@@ -7,6 +7,7 @@ from genjax_lab.parallel.mesh import (
     make_mesh,
     parameter_shardings,
     process_share,
+    to_host,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "make_mesh",
     "parameter_shardings",
     "process_share",
+    "to_host",
 ]

@@ -18,11 +18,12 @@ from genjax_lab.reasoning.stream import (
     STATISTIC,
     STATISTICS,
     AnswerStream,
+    JudgedAnswers,
+    Reward,
     RolloutSettings,
     ask,
     received,
     rollout_statistics,
-    to_host,
     verified,
 )
 from genjax_lab.reasoning.tokens import Codec, character_codec
@@ -35,8 +36,10 @@ __all__ = [
     "AnsweredProblem",
     "Codec",
     "Collected",
+    "JudgedAnswers",
     "Ledger",
     "Problem",
+    "Reward",
     "RolloutSettings",
     "Task",
     "Verifier",
@@ -54,6 +57,5 @@ __all__ = [
     "received",
     "rollout_statistics",
     "strict_box",
-    "to_host",
     "verified",
 ]

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from genjax_lab.data.batch_order import BatchOrder
 from genjax_lab.objectives import answer_batch, group_statistics, importance_weights
-from genjax_lab.reasoning.problems import Task
+from genjax_lab.parallel import to_host
+from genjax_lab.reasoning.problems import Problem, Task
 from genjax_lab.reasoning.rollout import (
     AnsweredProblem,
     Collected,
@@ -56,11 +57,16 @@ class RolloutSettings(NamedTuple):
         carry_over: whether useful questions that were not needed come first in the next rollout.
             They were then answered by an older policy, whose log-probabilities they keep: those of
             the law they were drawn from, which should have no cuts.
-        rate: estimate of r_q, see `correctness_rate`.
+        rate: estimate of r_q, see `correctness_rate`; or "history", the share of right answers to
+            the question in all rollouts, those of each earlier one counting `history_decay` times
+            as much as those of the next.
+        history_decay: in [0, 1].
         aggregation, constant: see `aggregation_weights`.
         importance_cap: see `importance_weights`; None for weights of 1.
         truncated_is_wrong: whether answers without end have the outcome 0 whatever they say.
         mask_truncated: whether such answers are not trained on (overlong filtering).
+        bucket: columns of answers that none in the rollout needs are cut off, down to a multiple of
+            this; training is compiled for each such length. None keeps all.
     """
 
     num_groups: int
@@ -73,11 +79,13 @@ class RolloutSettings(NamedTuple):
     strategy: str = "backfill"
     carry_over: bool = False
     rate: str = "mean"
+    history_decay: float = 0.5
     aggregation: str = "token-sum-const"
     constant: float | None = None
     importance_cap: float | None = None
     truncated_is_wrong: bool = True
     mask_truncated: bool = False
+    bucket: int | None = None
 
     @property
     def batch_size(self) -> int:
@@ -94,12 +102,35 @@ class RolloutSettings(NamedTuple):
                 f"num_samples={self.num_samples} must be at least 2, and num_groups="
                 f"{self.num_groups} a multiple of minibatches={self.minibatches}"
             )
+        if not 0 <= self.history_decay <= 1 or (self.bucket is not None and self.bucket < 1):
+            raise ValueError(
+                f"history_decay={self.history_decay} must be in [0, 1], and bucket={self.bucket} "
+                "positive"
+            )
         return self
+
+
+class JudgedAnswers(NamedTuple):
+    """What rewards are made of.
+
+    Attributes:
+        problems: what was asked.
+        texts: what was answered.
+        outcome: what the task's verifier said, in [0, 1].
+        lengths: in tokens, with the one that ends the answer.
+        truncated: whether it did not end.
+    """
+
+    problems: Sequence[Problem]
+    texts: Sequence[str]
+    outcome: Float[np.ndarray, "answers"]
+    lengths: Int[np.ndarray, "answers"]
+    truncated: Bool[np.ndarray, "answers"]
 
 
 Generate = Callable[[Any, PRNGKeyArray, Array, Array], Generation]
 JudgeTokens = Callable[[Any, Array, Array, Array, Array], Array]
-Reward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Reward = Callable[[JudgedAnswers], Float[np.ndarray, "answers"]]
 
 
 class AnswerStream:
@@ -114,8 +145,8 @@ class AnswerStream:
         settings: of the rollouts.
         seed: of everything that is drawn.
         judged_rows: a divisor of the mini-batch, which it is if None.
-        reward: (outcome, lengths, truncated) [batch] -> rewards of policy gradients; the outcome if
-            None.
+        reward: of policy gradients; the outcome if None. Which questions are kept and r_q do not
+            depend on it.
         share: (index, count): which contiguous part of each batch is given here.
         reference: variables of a frozen model, whose log-probabilities batches are to have.
     """
@@ -154,6 +185,7 @@ class AnswerStream:
         self._variables: Any = None
         self._asked = self._rollouts = 0
         self._carried: list[AnsweredProblem] = []
+        self._history: dict[int, tuple[float, float]] = {}  # right answers and answers
         self._pending: list[dict[str, np.ndarray]] = []
         self.ledger = Ledger()
 
@@ -193,6 +225,7 @@ class AnswerStream:
             "rollouts": self._rollouts,
             "seed": self._seed,
             "carried": [group.to_json() for group in self._carried],
+            "history": [[problem, *counts] for problem, counts in self._history.items()],
             "ledger": self.ledger._asdict(),
         }
 
@@ -206,6 +239,7 @@ class AnswerStream:
             raise ValueError(f"the position is of seed {state['seed']}, this one of {self._seed}")
         self._asked, self._rollouts = state["asked"], state["rollouts"]
         self._carried = [AnsweredProblem.from_json(group) for group in state["carried"]]
+        self._history = {problem: (r, n) for problem, r, n in state.get("history", ())}
         self.ledger, self._pending = Ledger(**state["ledger"]), []
 
     def _rollout(self) -> list[dict[str, np.ndarray]]:
@@ -225,26 +259,33 @@ class AnswerStream:
         return self._minibatches(rows)
 
     def _ask(self) -> tuple[list[AnsweredProblem], int]:
-        chosen = [self._problems[i] for i in self._order[self._asked].indices]
+        numbers = self._order[self._asked].indices.tolist()
+        chosen = [self._problems[i] for i in numbers]
         key = jax.random.fold_in(jax.random.key(self._seed), _ROLLOUT_STREAM)
         key = jax.random.fold_in(key, self._asked)
-        numbers = self._order[self._asked].indices.tolist()
         self._asked += 1
-        prompts, mask = self._codec.encode_prompts([p.prompt for p in chosen])
         answered, steps = ask(
             self._task,
             self._codec,
             chosen,
-            lambda: self._generate(self._variables, key, prompts, mask),
+            lambda prompts, mask: self._generate(self._variables, key, prompts, mask),
         )
         if self._settings.truncated_is_wrong:
             answered = [
                 group._replace(outcome=np.where(group.truncated, 0, group.outcome))
                 for group in answered
             ]
-        return [
-            group._replace(problem=n) for group, n in zip(answered, numbers, strict=True)
-        ], steps
+        answered = [group._replace(problem=n) for group, n in zip(answered, numbers, strict=True)]
+        if self._settings.rate == "history":
+            for group in answered:
+                right, count = self._history.get(group.problem, (0.0, 0.0))
+                decay = self._settings.history_decay
+                now = (
+                    decay * right + float(group.outcome.sum()),
+                    decay * count + len(group.outcome),
+                )
+                self._history[group.problem] = now
+        return answered, steps
 
     def _rows(
         self, collected: Collected, carried: Sequence[AnsweredProblem]
@@ -252,12 +293,14 @@ class AnswerStream:
         """All answers of a rollout, with what training needs."""
         groups, settings = collected.groups, self._settings
         count = settings.num_samples
+        length = self._length(groups)
         rows = {
+            "problem": np.repeat([g.problem for g in groups], count),
             "prompt": np.repeat([g.prompt for g in groups], count, axis=0),
             "prompt_mask": np.repeat([g.prompt_mask for g in groups], count, axis=0),
-            "answer": np.concatenate([g.answers for g in groups]),
-            "answer_mask": np.concatenate([g.answer_mask for g in groups]),
-            "sampler_log_probs": np.concatenate([g.log_probs for g in groups]),
+            "answer": np.concatenate([g.answers[:, :length] for g in groups]),
+            "answer_mask": np.concatenate([g.answer_mask[:, :length] for g in groups]),
+            "sampler_log_probs": np.concatenate([g.log_probs[:, :length] for g in groups]),
             "outcome": np.concatenate([g.outcome for g in groups]).astype(np.float32),
             "truncated": np.concatenate([g.truncated for g in groups]),
             "ids": np.repeat(np.arange(len(groups), dtype=np.int32), count),
@@ -278,6 +321,14 @@ class AnswerStream:
         rows["old_log_probs"][older] = rows["sampler_log_probs"][older]
         return rows
 
+    def _length(self, groups: Sequence[AnsweredProblem]) -> int:
+        """Columns that answers need, a multiple of the bucket."""
+        limit, bucket = self._codec.answer_length, self._settings.bucket
+        if bucket is None:
+            return limit
+        longest = max(int(group.answer_mask.sum(axis=1).max()) for group in groups)
+        return min(-(-longest // bucket) * bucket, limit)
+
     def _judge(self, variables: Any, rows: Mapping[str, np.ndarray]) -> np.ndarray:
         size = self._judged_rows
         names = ("prompt", "prompt_mask", "answer", "answer_mask")
@@ -289,13 +340,22 @@ class AnswerStream:
 
     def _minibatches(self, rows: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         settings = self._settings
-        lengths = rows["answer_mask"].sum(axis=1)
         reward = None
         if self._reward is not None:
-            reward = self._reward(rows["outcome"], lengths, rows["truncated"])
-        statistics = group_statistics(
-            rows["outcome"], rows["ids"], reward=reward, estimate=settings.rate
-        )
+            judged = JudgedAnswers(
+                [self._problems[i] for i in rows["problem"]],
+                self._codec.decode(rows["answer"], rows["answer_mask"]),
+                rows["outcome"],
+                rows["answer_mask"].sum(axis=1),
+                rows["truncated"],
+            )
+            reward = np.asarray(self._reward(judged), np.float32)
+        if settings.rate == "history":
+            counts = np.array([self._history[i] for i in rows["problem"].tolist()])
+            estimate = {"rate": np.float32(counts[:, 0] / counts[:, 1])}
+        else:
+            estimate = {"estimate": settings.rate}
+        statistics = group_statistics(rows["outcome"], rows["ids"], reward=reward, **estimate)
         batches = []
         for epoch in range(settings.epochs):
             generator = np.random.default_rng([self._seed, self._rollouts, epoch])
@@ -304,6 +364,13 @@ class AnswerStream:
                 chosen = part[:, None] * settings.num_samples + np.arange(settings.num_samples)
                 batches.append(self._minibatch(rows, statistics, chosen.reshape(-1)))
         return batches
+
+    def _constant(self) -> float | None:
+        """That of the aggregation; the limit of lengths does not depend on what is cut off."""
+        settings = self._settings
+        if settings.constant is None and settings.aggregation == "seq-mean-token-sum-norm":
+            return float(self._codec.answer_length)
+        return settings.constant
 
     def _minibatch(self, rows, statistics, chosen: np.ndarray) -> dict[str, np.ndarray]:
         settings = self._settings
@@ -324,7 +391,7 @@ class AnswerStream:
             part["outcome"],
             jax.tree.map(lambda x: np.asarray(x)[chosen], statistics),
             aggregation=settings.aggregation,
-            constant=settings.constant,
+            constant=self._constant(),
             counted=part["counted"],
             **more,
         )
@@ -338,10 +405,24 @@ class AnswerStream:
 
 
 def ask(
-    task: Task, codec: Codec, problems: Sequence, generate: Callable[[], Generation]
+    task: Task,
+    codec: Codec,
+    problems: Sequence[Problem],
+    generate: Callable[[Array, Array], Generation],
 ) -> tuple[list[AnsweredProblem], int]:
-    """Answers to problems, judged by the task's verifier, and the slot steps they took."""
-    generation = received(generate())
+    """Answers to problems, judged by the task's verifier, and the slot steps they took.
+
+    Args:
+        task: whose verifier judges.
+        codec: of the texts.
+        problems: what is asked.
+        generate: (prompts, mask) -> K answers each.
+
+    Raises:
+        ValueError: for outcomes that are not in [0, 1], and as `received`.
+    """
+    prompts, mask = codec.encode_prompts([problem.prompt for problem in problems])
+    generation = received(generate(prompts, mask))
     count = generation.tokens.shape[1]
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     texts = codec.decode(flat(generation.tokens), flat(generation.mask))
@@ -349,7 +430,6 @@ def ask(
     outcome = verified(task, repeated, texts).reshape(-1, count)
     if not ((outcome >= 0) & (outcome <= 1)).all():
         raise ValueError("task.verify must give outcomes in [0, 1]")
-    prompts, mask = codec.encode_prompts([problem.prompt for problem in problems])
     report = generation.report
     answered = [
         AnsweredProblem(
@@ -409,10 +489,3 @@ def rollout_statistics(collected: Collected) -> dict[str, float]:
         share(ledger.generated_tokens, ledger.slot_steps),
     )
     return dict(zip(STATISTICS, values, strict=True))
-
-
-def to_host(array: Any) -> Float[np.ndarray, "..."]:
-    """As numpy, of all processes' parts."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)

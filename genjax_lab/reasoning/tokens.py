@@ -28,9 +28,9 @@ class Codec(NamedTuple):
         """Tokens and which are real.
 
         Raises:
-            ValueError: for a prompt that is empty or too long.
+            ValueError: for a prompt that is empty, too long, or has characters without a token.
         """
-        encoded = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        encoded = [self._encode(text) for text in texts]
         tokens = np.full((len(texts), self.prompt_length), self.end_ids[0], np.int32)
         mask = np.zeros(tokens.shape, bool)
         for row, ids in enumerate(encoded):
@@ -44,8 +44,7 @@ class Codec(NamedTuple):
 
     def fits(self, prompt: str) -> bool:
         """Whether a prompt is neither empty nor too long."""
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        return 0 < len(ids) <= self.prompt_length
+        return 0 < len(self._encode(prompt)) <= self.prompt_length
 
     def encode_answers(
         self, texts: Sequence[str]
@@ -53,12 +52,12 @@ class Codec(NamedTuple):
         """Tokens with the end token, and which are the answer's.
 
         Raises:
-            ValueError: for an answer that is too long.
+            ValueError: for an answer that is too long, or has characters without a token.
         """
         tokens = np.full((len(texts), self.answer_length), self.end_ids[0], np.int32)
         mask = np.zeros(tokens.shape, bool)
         for row, text in enumerate(texts):
-            ids = [*self.tokenizer.encode(text, add_special_tokens=False).ids, self.end_ids[0]]
+            ids = [*self._encode(text), self.end_ids[0]]
             if len(ids) > self.answer_length:
                 raise ValueError(
                     f"answer {text!r} has {len(ids)} tokens with its end, more than "
@@ -77,6 +76,12 @@ class Codec(NamedTuple):
         rows = [row[keep] for row, keep in zip(tokens, mask & ~ends, strict=True)]
         return self.tokenizer.decode_batch([row.tolist() for row in rows])
 
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library's own type
+            raise ValueError(f"the tokenizer has no tokens for {text!r}: {error}") from error
+
 
 def character_codec(alphabet: str, *, prompt_length: int, answer_length: int) -> Codec:
     """A token for each character, after one that ends answers.
@@ -87,7 +92,8 @@ def character_codec(alphabet: str, *, prompt_length: int, answer_length: int) ->
     if not alphabet or len(set(alphabet)) != len(alphabet):
         raise ValueError(f"alphabet must be different characters, got {alphabet!r}")
     vocabulary = {"<end>": 0} | {character: i for i, character in enumerate(alphabet, 1)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<end>"))
+    # An unknown token that is not in the vocabulary is an error, not something else silently.
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
         tokenizers.Regex(r"[\s\S]"), "isolated"
     )

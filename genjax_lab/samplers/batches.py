@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
+from genjax_lab.parallel import to_host
 from genjax_lab.samplers.base import SampleInfo, Sampler, sample
 
 
@@ -81,15 +81,9 @@ def sample_batches(
             while current is not None:
                 following = next(ahead)
                 part, (samples, info) = current
-                samples = _to_host(samples)[: len(part)]
+                samples = to_host(samples)[: len(part)]
                 yield (part, samples, info) if with_info else (part, samples)
                 bar.update(len(part))
                 current = following
 
     return batches()
-
-
-def _to_host(samples: jax.Array) -> np.ndarray:
-    if samples.is_fully_addressable:
-        return np.asarray(samples)
-    return multihost_utils.process_allgather(samples, tiled=True)

@@ -432,6 +432,7 @@ def change_of(config, path, value):
         ("steps_per_call", 4, r"steps_per_call=4 .*minibatches epochs = 2"),
         ("rollout.epochs", 2, r"steps_per_call=2 .*minibatches epochs = 4"),
         ("rollout.num_samples", 1, "num_samples=1"),
+        ("rollout.temperature", 0.0, "temperature=0.0 must be positive"),
         ("rollout.num_sample", 4, "rollout does not fit"),
         ("method", "ppo", r"method is 'ppo', not 'sft' or in \['dapo'"),
         ("method", "online_dpo", "accumulation_steps must be 1"),

@@ -69,14 +69,11 @@ def generate(variables, key, prompts, mask, *, num_samples, first_digit=True):
 def stream(task, settings=None, *, seed=0, options=None, **fields):
     """An `AnswerStream` of the table that follows `uniform_digits()`."""
     settings = RolloutSettings(**({"num_groups": 4, "num_samples": 4} | fields))
-    result = AnswerStream(
-        task,
-        CODEC,
-        generate=lambda *arguments: generate(*arguments, num_samples=settings.num_samples),
-        log_probs=log_probs,
-        settings=settings,
-        seed=seed,
-        **(options or {}),
-    )
+    functions = {
+        "generate": lambda *arguments: generate(*arguments, num_samples=settings.num_samples),
+        "log_probs": log_probs,
+    }
+    options = functions | (options or {})
+    result = AnswerStream(task, CODEC, settings=settings, seed=seed, **options)
     result.follow(uniform_digits())
     return result

@@ -75,9 +75,8 @@ def test_share_of_kept_questions_is_that_of_known_rates(count):
     """4 standard deviations: a false alarm in 16,000 for each K."""
     thresholds = np.resize([0, 1, 3, 5, 8, 9, 10], 700)
     task = threshold_task(thresholds)
-    prompts, mask = CODEC.encode_prompts([p.prompt[-3:] for p in task.train])
 
-    def answers():
+    def answers(prompts, mask):
         return generate(uniform_digits(), jax.random.key(count), prompts, mask, num_samples=count)
 
     problems = [p._replace(prompt=p.prompt[-3:]) for p in task.train]
@@ -225,8 +224,8 @@ def test_useful_questions_that_fill_up_are_not_counted_twice():
 def losses_and_gradients():
     """Of every method, of batches of questions 0 of which all, 1 of which some are right."""
 
-    def reward(outcome, lengths, truncated):
-        return 2 * outcome - 1 - 0.1 * lengths
+    def reward(answers):
+        return 2 * answers.outcome - 1 - 0.1 * answers.lengths
 
     def batch(thresholds, method):
         fields = PARTIAL | {"batch_questions": 2, "aggregation": METHODS[method].aggregation}
@@ -261,8 +260,9 @@ def test_batches_without_any_useful_question_have_no_gradient(losses_and_gradien
 
 
 def test_shaped_rewards_do_not_rescue_questions_that_are_wrong_as_a_whole():
-    def reward(outcome, lengths, truncated):
-        return outcome - 0.25 * lengths
+    def reward(answers):
+        assert all(task.verify(answers.problems, answers.texts) == answers.outcome)
+        return answers.outcome - 0.25 * answers.lengths
 
     task = threshold_task([0, 0, 5, 0])
     options = {"options": {"reward": reward}, "batch_questions": 4, "num_groups": 2}
@@ -270,9 +270,7 @@ def test_shaped_rewards_do_not_rescue_questions_that_are_wrong_as_a_whole():
     batch = next(stream(task, **options))
     wrong = np.asarray(batch["group_reward"]).reshape(2, 4)
     assert (wrong.std(axis=1) > 0).all()  # within each question rewards differ
-    np.testing.assert_allclose(
-        batch["group_reward"], reward(batch["outcome"], lengths_of(batch), 0)
-    )
+    np.testing.assert_allclose(batch["group_reward"], batch["outcome"] - 0.25 * lengths_of(batch))
     # All are the question that has right answers, however rewards differ in the others.
     prompts = {tuple(row) for row in batch["prompt"]}
     assert prompts == {tuple(CODEC.encode_prompts(["02="])[0][0])}
@@ -457,6 +455,8 @@ def test_every_row_of_a_batch_carries_the_statistics():
         ({"max_batches": 0}, "max_batches"),
         ({"num_samples": 1}, "num_samples=1"),
         ({"minibatches": 3}, r"num_groups=4 a multiple of minibatches=3"),
+        ({"history_decay": 1.5}, "history_decay=1.5"),
+        ({"bucket": 0}, "bucket=0"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(change, message):
@@ -482,3 +482,74 @@ def test_questions_that_are_too_long_are_not_asked():
     assert batch["prompt"].shape[1] == 3
     with pytest.raises(ValueError, match="longer than 3 tokens"):
         stream(task._replace(train=longer))
+
+
+# What earlier rollouts know of a question, and columns that no answer needs.
+
+
+def test_rates_of_a_history_forget_by_the_decay_and_survive_a_restart():
+    fields = {"rate": "history", "history_decay": 0.25, "band": None, "num_groups": 2}
+    fields |= {"batch_questions": 2, "truncated_is_wrong": False}
+    task = threshold_task([3, 7])
+
+    def resumed(rollouts):
+        other = stream(task, **fields)
+        other.set_state(json.loads(json.dumps(rollouts.get_state())))
+        return other
+
+    rollouts = stream(task, **fields)
+    counts = {}
+    for number in range(4):
+        batch = next(rollouts)
+        for prompt, outcome in zip(
+            batch["prompt"][::4], batch["outcome"].reshape(2, 4), strict=True
+        ):
+            before = counts.get(tuple(prompt), (0.0, 0.0))
+            counts[tuple(prompt)] = (0.25 * before[0] + outcome.sum(), 0.25 * before[1] + 4)
+        expected = [counts[tuple(prompt)] for prompt in batch["prompt"]]
+        np.testing.assert_allclose(
+            batch["group_rate"], [right / count for right, count in expected], rtol=1e-6
+        )
+        if number == 1:
+            rollouts = resumed(rollouts)
+    assert len(counts) == 2
+    fresh = next(stream(task, **(fields | {"history_decay": 0.0})))
+    np.testing.assert_allclose(
+        fresh["group_rate"], np.repeat(fresh["outcome"].reshape(2, 4).mean(axis=1), 4), rtol=1e-6
+    )
+
+
+def short(variables, key, prompts, mask, *, num_samples):
+    """Answers of `generate` that end after two tokens at most, of which the second is the end."""
+    drawn = generate(variables, key, prompts, mask, num_samples=num_samples)
+    tokens, shown = np.array(drawn.tokens), np.array(drawn.mask)
+    tokens[..., 1:], shown[..., 2:] = 0, False
+    report = drawn.report._replace(
+        lengths=shown.sum(axis=-1),
+        truncated=np.zeros(shown.shape[:2], bool),
+        drawn_log_probs=np.where(shown, drawn.report.drawn_log_probs, 0),
+    )
+    return drawn._replace(tokens=tokens, mask=shown, report=report)
+
+
+@pytest.mark.parametrize(("bucket", "columns"), [(None, 4), (1, 2), (2, 2), (3, 3), (5, 4)])
+def test_columns_that_no_answer_needs_are_cut_off(bucket, columns):
+    # Divided by the limit of lengths, not by the columns that are left.
+    fields = {"aggregation": "seq-mean-token-sum-norm", "bucket": bucket}
+    task = threshold_task(MIXED)
+    options = {"generate": lambda *a: short(*a, num_samples=4)}
+    batch = next(stream(task, **fields, options=options))
+    whole = next(stream(task, **fields | {"bucket": None}, options=options))
+    assert batch["answer"].shape[1] == columns and whole["answer"].shape[1] == LENGTH
+    for name, array in whole.items():
+        if array.ndim == 2 and array.shape[1] == LENGTH:
+            array = array[:, :columns]
+        np.testing.assert_array_equal(batch[name], array)
+
+
+def test_the_log_has_the_ledger():
+    rollouts = stream(threshold_task(MIXED))
+    next(rollouts)
+    counters = rollouts.counters()
+    assert counters == {f"ledger/{name}": n for name, n in rollouts.ledger._asdict().items()}
+    assert counters["ledger/kept_tokens"] == counters["ledger/trained_tokens"] > 0

@@ -7,7 +7,14 @@ import tokenizers
 
 from experiments import reasoning as experiment
 from genjax_lab.objectives import overlong_penalty
-from genjax_lab.reasoning import Codec, addition, character_codec, countdown, digit_sum
+from genjax_lab.reasoning import (
+    Codec,
+    JudgedAnswers,
+    addition,
+    character_codec,
+    countdown,
+    digit_sum,
+)
 
 WORDS = ("therefore", "consequently", "everything", "mathematics", "demonstrates")
 
@@ -122,14 +129,22 @@ def test_overlong_answers_are_punished_by_tokens_not_by_characters(long_tokens):
     config = ml_collections.ConfigDict({"answer_length": 5})
     config.reward = {"signed": True, "overlong_buffer": 2, "overlong_factor": 0.5}
     outcome = np.float32([1, 0, 1, 0])
-    reward = experiment.reward_of(config)(outcome, lengths, np.zeros(4, bool))
+    answers = JudgedAnswers([], texts, outcome, lengths, np.zeros(4, bool))
+    reward = experiment.reward_of(config)(answers)
     np.testing.assert_allclose(reward, [1, -1, 0.75, -1.5], atol=1e-7)
     assert reward.dtype == np.float32
     config.reward.signed = False
-    reward = experiment.reward_of(config)(outcome, lengths, np.zeros(4, bool))
+    reward = experiment.reward_of(config)(answers)
     np.testing.assert_allclose(reward, [1, 0, 0.75, -0.5], atol=1e-7)
     config.reward.update({"signed": True, "overlong_buffer": 0})
-    reward = experiment.reward_of(config)(outcome, lengths, np.zeros(4, bool))
+    reward = experiment.reward_of(config)(answers)
     np.testing.assert_array_equal(reward, [1, -1, 1, -1])
     config.reward.signed = False
     assert experiment.reward_of(config) is None
+
+
+def test_characters_without_a_token_are_refused():
+    codec = character_codec("0123=", prompt_length=4, answer_length=4)
+    for encode in (codec.encode_prompts, codec.encode_answers, lambda texts: codec.fits(texts[0])):
+        with pytest.raises(ValueError, match=r"no tokens for '1x='"):
+            encode(["1x="])
