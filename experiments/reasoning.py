@@ -22,9 +22,7 @@ steps_per_call = minibatches epochs.
 """
 
 import functools
-import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,21 +32,19 @@ import ml_collections
 import numpy as np
 import optax
 from ml_collections.config_dict import placeholder
-from tqdm import tqdm
 
+from experiments.answering import AnswerJudge, answer
 from experiments.building import construct, default_optimizer, make_optimizer
-from genjax_lab import data, evaluation, networks, objectives, pretrained, reasoning, samplers
+from experiments.questions import Demonstrations, Questions
+from genjax_lab import networks, objectives, pretrained, reasoning
 from genjax_lab.parallel import (
     batch_sharding,
     make_mesh,
     parameter_shardings,
     process_share,
 )
-from genjax_lab.training import Experiment, TrainState, restore
+from genjax_lab.training import Experiment, restore
 
-TASKS = ("digit_sum", "addition", "countdown", "jsonl")
-# Keeps the keys of samples apart from those of training, which are children of the same seed.
-_SAMPLING_STREAM = 2**31
 _OF_OBJECTIVE = ("chunk", "kl_coefficient", "kl_kind", "entropy_coefficient", "diagnostics")
 
 
@@ -145,68 +141,6 @@ def build(
         sample=judge.sample,
         write=judge.write,
     )
-
-
-class Questions:
-    """The task of a config and its tokens, made when they are first needed."""
-
-    def __init__(self, config: ml_collections.ConfigDict):
-        self._config = config
-
-    @functools.cached_property
-    def task(self) -> reasoning.Task:
-        """The task."""
-        fields = self._config.task.to_dict()
-        if fields["name"] not in TASKS:
-            raise ValueError(f"config.task.name is {fields['name']!r}, not in {TASKS}")
-        if fields["name"] == "jsonl":
-            verifier = reasoning.Verifier(mode=fields.pop("verifier", "equivalence"))
-            fields["verify"] = verifier.verify
-        task = construct(reasoning, fields, "task")
-        if fields["name"] == "jsonl":
-            golds = [problem.gold for problem in (*task.train, *task.test)]
-            verifier.check(golds)  # now, and not when such a question is asked
-        return task
-
-    @functools.cached_property
-    def tests(self) -> tuple[reasoning.Problem, ...]:
-        """Questions for testing whose prompts are not too long."""
-        fitting = tuple(problem for problem in self.task.test if self.codec.fits(problem.prompt))
-        if dropped := len(self.task.test) - len(fitting):
-            logging.warning(
-                "%d of %d questions for testing have prompts of more than %d tokens and are left "
-                "out",
-                dropped,
-                len(self.task.test),
-                self.codec.prompt_length,
-            )
-        if not fitting:
-            raise ValueError(f"all prompts are longer than {self.codec.prompt_length} tokens")
-        return fitting
-
-    @functools.cached_property
-    def codec(self) -> reasoning.Codec:
-        """Its tokens."""
-        config = self._config
-        lengths = {"prompt_length": config.prompt_length, "answer_length": config.answer_length}
-        path = config.tokenizer.get("path")
-        if path is None:
-            if not self.task.alphabet:
-                raise ValueError("config.tokenizer.path is missing; this task has no alphabet")
-            return reasoning.character_codec(self.task.alphabet, **lengths)
-        tokenizer = data.read_tokenizer(path, separator=None)
-        ends = tuple(tokenizer.token_to_id(token) for token in config.tokenizer.end_tokens)
-        if not ends or None in ends:
-            raise ValueError(
-                f"config.tokenizer.end_tokens is {tuple(config.tokenizer.end_tokens)}; there must "
-                f"be some, and the tokenizer in {path!r} must have them"
-            )
-        return reasoning.Codec(tokenizer, ends, **lengths)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that there are texts for; networks may have rows for more."""
-        return self.codec.tokenizer.get_vocab_size()
 
 
 def make_network(config: ml_collections.ConfigDict, questions: Questions) -> networks.Decoder:
@@ -327,8 +261,8 @@ def settings_of(config: ml_collections.ConfigDict) -> reasoning.RolloutSettings:
         fields["band"] = tuple(fields["band"])
     if not config.rollout.temperature > 0:
         raise ValueError(
-            f"config.rollout.temperature={config.rollout.temperature} must be positive: answers are "
-            "trained at the temperature at which they were drawn"
+            f"config.rollout.temperature={config.rollout.temperature} must be positive: answers "
+            "are trained at the temperature at which they were drawn"
         )
     aggregation = config.objective.get("aggregation") or method_of(config).aggregation
     one_term = config.method in ("nft", "rft") and config.objective.get("ratio", "token") != "token"
@@ -435,221 +369,3 @@ def reward_of(config: ml_collections.ConfigDict) -> reasoning.Reward | None:
         return np.asarray(value, np.float32)
 
     return reward
-
-
-def answer(
-    network: networks.Decoder,
-    variables: Mapping[str, Any],
-    questions: Questions,
-    key: jax.Array,
-    prompts: np.ndarray,
-    mask: np.ndarray,
-    **options: Any,
-) -> samplers.Generation:
-    """Answers to prompts; `options` of `samplers.generate`."""
-    apart, variables = networks.unstacked(network, variables)
-    if network.dtype != jnp.float32:  # once, instead of in every step
-        variables = optax.tree.cast(variables, network.dtype)
-    codec = questions.codec
-    return samplers.generate(
-        samplers.token_decoder(apart.apply, variables, questions.num_tokens),
-        key,
-        prompts,
-        mask,
-        length=codec.answer_length,
-        end_ids=codec.end_ids,
-        **options,
-    )
-
-
-class Demonstrations:
-    """Endless batches of questions with right answers, each a function of seed and position."""
-
-    def __init__(self, config: ml_collections.ConfigDict, questions: Questions):
-        self._task, self._codec, self._seed = questions.task, questions.codec, config.seed
-        if self._task.demonstrate is None:
-            raise ValueError(f"task {config.task.name!r} has no answers of its own to learn from")
-        index, count = process_share(make_mesh(**config.mesh))
-        self._order = data.BatchOrder(
-            len(self._task.train),
-            config.batch_size,
-            config.seed,
-            num_epochs=None,
-            shuffle=True,
-            drop_remainder=False,
-            shard_index=index,
-            shard_count=count,
-        )
-        self._step = 0
-
-    def __iter__(self) -> "Demonstrations":
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch."""
-        rows = self._order[self._step]
-        self._step += 1
-        problems = [self._task.train[i] for i in rows.indices]
-        texts = [
-            self._task.demonstrate(np.random.default_rng([self._seed, int(position)]), problem)
-            for position, problem in zip(rows.positions, problems, strict=True)
-        ]
-        prompts, prompt_mask = self._codec.encode_prompts([p.prompt for p in problems])
-        answers, mask = self._codec.encode_answers(texts)
-        # Each answer's mean over its tokens, so that parts of a batch need not know the others.
-        weights = (1.0 / mask.sum(axis=1)).astype(np.float32)
-        return {
-            "prompt": prompts,
-            "prompt_mask": prompt_mask,
-            "answer": answers,
-            "answer_mask": mask,
-            "weights": weights,
-        }
-
-    def get_state(self) -> dict[str, Any]:
-        """The position."""
-        return {"step": self._step, "seed": self._seed}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-        if state["seed"] != self._seed:
-            raise ValueError(f"the position is of seed {state['seed']}, this one of {self._seed}")
-        self._step = state["step"]
-
-
-class AnswerJudge:
-    """Draws, evaluates and writes answers of a train state to the questions for testing.
-
-    Seed s is for answer s mod k to question s // k, of k answers each.
-    """
-
-    def __init__(self, config, network, questions: Questions):
-        self._config, self._network, self._questions = config, network, questions
-        self._mesh = functools.cache(lambda: make_mesh(**config.mesh))
-
-    def sample(
-        self, state: TrainState, seeds: Sequence[int], *, progress: bool = False
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (seeds, tokens int32 [part, prompt and answer]); each depends on its own seed."""
-        for part, prompts, generation in self._draw(state, np.asarray(seeds), 1, progress):
-            yield part, np.concatenate([prompts, generation.tokens[:, 0]], axis=1)
-
-    def _draw(self, state, seeds: np.ndarray, count: int, progress: bool):
-        """For seeds a multiple of `count`, of that answer and the `count` - 1 next to it."""
-        settings, questions = self._config.evaluation, self._questions
-        variables = state.variables(settings.get("ema"))
-        parts = self._mesh().shape["data"] * self._mesh().shape["fsdp"]
-        size = -(-min(max(settings.batch_size // count, 1), len(seeds)) // parts) * parts
-        tests = questions.tests
-        key = jax.random.fold_in(jax.random.key(self._config.seed), _SAMPLING_STREAM)
-        for start in tqdm(range(0, len(seeds), size), disable=not progress, desc="answering"):
-            part = seeds[start : start + size]
-            filled = np.pad(part, (0, size - len(part)), mode="edge")
-            chosen = [tests[s // settings.answers_per_problem % len(tests)] for s in filled]
-            prompts, mask = questions.codec.encode_prompts([p.prompt for p in chosen])
-            generation = answer(
-                *(self._network, variables, questions, key, prompts, mask),
-                num_samples=count,
-                prompt_ids=filled // count,
-                mesh=self._mesh(),
-                **self._config.sampler,
-            )
-            host = reasoning.received(generation)
-            yield part, prompts[: len(part)], _first(host, len(part))
-
-    def evaluate(
-        self,
-        state: TrainState,
-        *,
-        seeds: Sequence[int] | None = None,
-        metrics: Sequence[str] | None = None,
-        progress: bool = False,
-    ) -> dict[str, float]:
-        """Metrics of answers to the questions for testing; see `evaluation.answer_summary`.
-
-        Answers with an outcome above 1/2 are right, but for truncated ones.
-        """
-        settings, questions = self._config.evaluation, self._questions
-        count = settings.answers_per_problem
-        seeds = np.asarray(range(settings.num_samples) if seeds is None else seeds)
-        if len(seeds) % count or (seeds.reshape(-1, count)[:, 0] % count).any():
-            raise ValueError(
-                f"seeds must be whole blocks of answers_per_problem={count}, got {len(seeds)} "
-                f"from {seeds[0]}"
-            )
-        outcomes, lengths, truncated, entropies, tokens, votes = [], [], [], [], [], []
-        tests = questions.tests
-        for part, _, drawn in self._draw(state, seeds[::count], count, progress):
-            flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-            chosen = [tests[s // count % len(tests)] for s in part]
-            told = questions.codec.decode(flat(drawn.tokens), flat(drawn.mask))
-            repeated = [problem for problem in chosen for _ in range(count)]
-            outcome = reasoning.verified(questions.task, repeated, told).reshape(-1, count)
-            outcomes.append(np.where(drawn.report.truncated, 0, outcome > 0.5))
-            lengths.append(drawn.report.lengths)
-            truncated.append(drawn.report.truncated)
-            entropies.append(drawn.report.entropies.sum())
-            tokens.append(drawn.mask.sum())
-            extracted = [questions.task.extract(text) for text in told]
-            votes += [extracted[i : i + count] for i in range(0, len(told), count)]
-        result = evaluation.answer_summary(
-            np.concatenate(outcomes),
-            lengths=np.concatenate(lengths),
-            truncated=np.concatenate(truncated),
-            ks=sorted({1, count}),
-            answers=votes,
-        )
-        result["entropy"] = float(np.sum(entropies) / np.sum(tokens))
-        wanted = tuple(metrics or settings.metrics) or tuple(result)
-        if unknown := sorted(set(wanted) - set(result)):
-            raise ValueError(f"metrics {unknown} are not in {sorted(result)}")
-        return {name: result[name] for name in wanted}
-
-    def write(
-        self, samples: np.ndarray, path: str | Path, *, before: np.ndarray | None = None
-    ) -> None:
-        """Writes questions and answers: .jsonl, one object a line, or .txt; .npz as tokens."""
-        path = Path(path)
-        groups = {"samples": samples} | ({} if before is None else {"before": before})
-        if path.suffix == ".npz":
-            np.savez(path, **groups)
-            return
-        if path.suffix not in (".txt", ".jsonl"):
-            raise ValueError(f"path is {str(path)!r}; answers are written as .jsonl, .txt or .npz")
-        rows = [row for name, group in groups.items() for row in self._rows(name, group)]
-        if path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            return
-        marks = {0.0: "wrong", 1.0: "right"}
-        lines = [
-            f"[{row['group']}] {row['prompt']} {row['answer']}   "
-            f"({marks.get(row['outcome'], row['outcome'])})"
-            for row in rows
-        ]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    def _rows(self, group: str, samples: np.ndarray) -> list[dict[str, Any]]:
-        codec, task = self._questions.codec, self._questions.task
-        tokens = np.split(samples, [codec.prompt_length], axis=1)
-        everything = [np.ones_like(part, bool) for part in tokens]
-        # Behind the end is the end again, and before a prompt, which are no text.
-        prompts, answers = (codec.decode(*pair) for pair in zip(tokens, everything, strict=True))
-        # By tokens: a tokenizer need not give back the text, such as that of special tokens.
-        tests = self._questions.tests
-        encoded = codec.encode_prompts([problem.prompt for problem in tests])[0]
-        by_tokens = {tuple(row): problem for row, problem in zip(encoded, tests, strict=True)}
-        ended = np.isin(tokens[1], codec.end_ids).any(axis=1)
-        known = [
-            by_tokens.get(tuple(row), reasoning.Problem(prompt, ""))
-            for row, prompt in zip(tokens[0], prompts, strict=True)
-        ]
-        outcomes = np.where(ended, task.verify(known, answers), 0)
-        return [
-            {"group": group, "prompt": k.prompt, "gold": k.gold, "answer": a, "outcome": float(o)}
-            for k, a, o in zip(known, answers, outcomes, strict=True)
-        ]
-
-
-def _first(generation: samplers.Generation, count: int) -> samplers.Generation:
-    """Of the first prompts; slot steps stay those of all."""
-    return jax.tree.map(lambda x: x[:count] if x.ndim else x, generation)

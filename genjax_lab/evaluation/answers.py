@@ -126,6 +126,7 @@ def std_at_n(outcomes: Bool[np.ndarray, "questions samples"]) -> float:
 def bootstrap_interval(
     values_per_question: Float[np.ndarray, "questions"],
     *,
+    names: Sequence | None = None,
     level: float = 0.95,
     num_resamples: int = 10_000,
     seed: int = 0,
@@ -134,6 +135,8 @@ def bootstrap_interval(
 
     Args:
         values_per_question: finite, at least one.
+        names: of the questions, hashable; those of one name are drawn together. All different if
+            None.
         level: in (0, 1): share of resamples inside.
         num_resamples: how many.
         seed: of the draws.
@@ -151,12 +154,17 @@ def bootstrap_interval(
         raise ValueError(
             f"level must be in (0, 1) and num_resamples positive, got {level} and {num_resamples}"
         )
+    totals, counts = values, np.ones_like(values)
+    if names is not None:
+        which = _numbers(names, len(values))
+        totals, counts = np.bincount(which, values), np.bincount(which).astype(np.float64)
     generator = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // len(values))
-    means = [
-        np.mean(values[generator.integers(len(values), size=(size, len(values)))], axis=1)
-        for size in (min(rows, num_resamples - start) for start in range(0, num_resamples, rows))
-    ]
+    rows = max(1, _CHUNK // len(totals))
+    means = []
+    for start in range(0, num_resamples, rows):
+        size = (min(rows, num_resamples - start), len(totals))
+        drawn = generator.integers(len(totals), size=size)
+        means.append(totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -168,6 +176,7 @@ def answer_summary(
     ks: Sequence[int] = (1,),
     *,
     answers: Sequence[Sequence[str | None]] | None = None,
+    names: Sequence | None = None,
     level: float = 0.95,
     num_resamples: int = 10_000,
     seed: int = 0,
@@ -180,6 +189,7 @@ def answer_summary(
         truncated: which responses were cut at the greatest length.
         ks: for pass@k and maj@k, each in [1, n].
         answers: extracted answers, for maj@k.
+        names: of the questions, see `bootstrap_interval`; a question may be there several times.
         level: of the intervals.
         num_resamples: of the bootstrap over questions.
         seed: of the bootstrap.
@@ -188,7 +198,7 @@ def answer_summary(
         `avg_at_{n}`, `pass_at_{k}` and, if answers are given, `maj_at_{k}`, each with `_low` and
         `_high` of its interval; `std_at_{n}` if n > 1; `mean_length`, and where there are such
         responses `mean_length_right` and `mean_length_wrong` (they differ where length pays);
-        `truncation_rate`, `num_questions`, `num_samples`.
+        `truncation_rate`, `num_questions` that are different, `num_samples`.
 
     Raises:
         ValueError: if shapes differ, or an argument is outside its range.
@@ -214,7 +224,7 @@ def answer_summary(
     for name, per_question in values.items():
         summary[name] = float(np.mean(per_question))
         summary[f"{name}_low"], summary[f"{name}_high"] = bootstrap_interval(
-            per_question, level=level, num_resamples=num_resamples, seed=seed
+            per_question, names=names, level=level, num_resamples=num_resamples, seed=seed
         )
     if n > 1:
         summary[f"std_at_{n}"] = std_at_n(outcomes)
@@ -223,7 +233,15 @@ def answer_summary(
         if np.any(chosen):
             summary[f"mean_length_{name}"] = float(np.mean(lengths[chosen]))
     summary["truncation_rate"] = float(np.mean(truncated))
-    return summary | {"num_questions": num_questions, "num_samples": n}
+    different = num_questions if names is None else len(set(names))
+    return summary | {"num_questions": different, "num_samples": n}
+
+
+def _numbers(names: Sequence, count: int) -> np.ndarray:
+    if len(names) != count:
+        raise ValueError(f"names must be {count}, one for each question, got {len(names)}")
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names])
 
 
 def _outcomes(values, name: str = "outcomes") -> np.ndarray:

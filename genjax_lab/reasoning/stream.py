@@ -423,13 +423,7 @@ def ask(
     """
     prompts, mask = codec.encode_prompts([problem.prompt for problem in problems])
     generation = received(generate(prompts, mask))
-    count = generation.tokens.shape[1]
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-    texts = codec.decode(flat(generation.tokens), flat(generation.mask))
-    repeated = [problem for problem in problems for _ in range(count)]
-    outcome = verified(task, repeated, texts).reshape(-1, count)
-    if not ((outcome >= 0) & (outcome <= 1)).all():
-        raise ValueError("task.verify must give outcomes in [0, 1]")
+    _, outcome = judged(task, codec, problems, generation)
     report = generation.report
     answered = [
         AnsweredProblem(
@@ -445,6 +439,24 @@ def ask(
         for i in range(len(problems))
     ]
     return answered, int(report.slot_steps)
+
+
+def judged(
+    task: Task, codec: Codec, problems: Sequence[Problem], generation: Generation
+) -> tuple[list[str], Float[np.ndarray, "problems answers"]]:
+    """Texts of answers, all of a problem's in a row, and their outcomes.
+
+    Raises:
+        ValueError: for outcomes that are not in [0, 1].
+    """
+    count = generation.tokens.shape[1]
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    texts = codec.decode(flat(generation.tokens), flat(generation.mask))
+    repeated = [problem for problem in problems for _ in range(count)]
+    outcome = verified(task, repeated, texts).reshape(-1, count)
+    if not ((outcome >= 0) & (outcome <= 1)).all():
+        raise ValueError("task.verify must give outcomes in [0, 1]")
+    return texts, outcome
 
 
 def received(generation: Generation) -> Generation:

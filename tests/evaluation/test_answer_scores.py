@@ -221,3 +221,21 @@ def test_the_summary_leaves_out_what_there_is_not():
 def test_the_summary_refuses_tables_that_do_not_fit(lengths, truncated, match):
     with pytest.raises(ValueError, match=match):
         answer_summary(_OUTCOMES, lengths, truncated)
+
+
+def test_a_question_that_is_asked_several_times_is_one_question():
+    """Else more of the same would make intervals narrower."""
+    values = np.array([0.0, 1.0, 0.5, 1.0])
+    once = bootstrap_interval(values, num_resamples=2000)
+    several = bootstrap_interval(np.tile(values, 9), names=[*range(4)] * 9, num_resamples=2000)
+    np.testing.assert_allclose(several, once, atol=1e-12)
+    assert np.subtract(*bootstrap_interval(np.tile(values, 9))[::-1]) < 0.5 * (once[1] - once[0])
+    # Two draws of two names: one twice (1 or 0), or both, of which "b" counts twice.
+    for level, expected in ((0.4, (1 / 3, 1 / 3)), (0.95, (0, 1))):
+        found = bootstrap_interval(np.array([1.0, 0.0, 0.0]), names=["a", "b", "b"], level=level)
+        np.testing.assert_allclose(found, expected)
+    outcomes = np.tile([[0, 1], [1, 1]], (3, 1))
+    summary = answer_summary(outcomes, outcomes + 1, outcomes * 0, names=["a", "b"] * 3)
+    assert summary["num_questions"] == 2 and summary["avg_at_2"] == 0.75
+    with pytest.raises(ValueError, match="names must be 4"):
+        bootstrap_interval(values, names=["a"])

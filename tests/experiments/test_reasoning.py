@@ -14,6 +14,8 @@ from started_programs import start
 import experiments
 from configs import arithmetic_nft, digit_sum_sft
 from experiments import reasoning
+from experiments.answering import AnswerJudge
+from experiments.questions import Questions
 from genjax_lab import evaluation, networks, pretrained
 from genjax_lab.reasoning import STATISTICS
 from genjax_lab.training import read_metrics, restore, train
@@ -80,7 +82,7 @@ def restored(base):
 
 @pytest.fixture(scope="module")
 def questions():
-    return reasoning.Questions(negative_aware())
+    return Questions(negative_aware())
 
 
 def assert_same_trees(found, expected):
@@ -254,7 +256,7 @@ def test_a_divergence_from_the_base_is_added(base, first_rollout):
 
 def test_a_directory_of_hugging_face_is_a_base(base, restored, tmp_path):
     config = negative_aware(str(base))
-    network = reasoning.make_network(config, reasoning.Questions(config))
+    network = reasoning.make_network(config, Questions(config))
     variables = {"params": restored[1].params}
     pretrained.qwen2.save(tmp_path / "hf", network, variables)
     for scan in (False, True):
@@ -339,9 +341,9 @@ def test_evaluation_is_that_of_the_samples_of_the_same_seeds(restored, drawn, qu
 
 def test_truncated_answers_are_wrong_in_evaluation(restored):
     config = small(arithmetic_nft.get_config())
-    lenient = reasoning.Questions(config)
+    lenient = Questions(config)
     lenient.task = lenient.task._replace(verify=lambda problems, answers: np.ones(len(answers)))
-    judge = reasoning.AnswerJudge(config, reasoning.make_network(config, lenient), lenient)
+    judge = AnswerJudge(config, reasoning.make_network(config, lenient), lenient)
     found = judge.evaluate(restored[1], metrics=("avg_at_4", "truncation_rate"))
     assert 0 < found["truncation_rate"] < 1
     assert found["avg_at_4"] == pytest.approx(1 - found["truncation_rate"])
@@ -465,7 +467,7 @@ def test_questions_of_a_file_need_a_tokenizer_and_the_end(tmp_path):
     change_of(config, "task", {"name": "jsonl", "path": str(tmp_path / "q.jsonl")})
     with pytest.raises(ValueError, match=r"tokenizer\.path is missing"):
         experiments.build(config).batches(None)
-    codec = reasoning.Questions(negative_aware()).codec
+    codec = Questions(negative_aware()).codec
     codec.tokenizer.save(str(tmp_path / "tokenizer.json"))
     config.tokenizer.path = str(tmp_path / "tokenizer.json")
     for ends in ((), ("<stop>",)):
