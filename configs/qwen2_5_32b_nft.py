@@ -7,8 +7,7 @@ r"""Qwen2.5-32B learns from its own right and wrong answers: NFT's 32B run (arXi
 As `configs/qwen2_5_math_7b_nft.py`, with prompts of 2048 and answers of 14,336 tokens; published
 is a mean of 59.2 after it, 29.6 before. DAPO instead: --config.method=dapo
 --config.reward.signed=True --config.reward.overlong_buffer=4096. Written for 128 devices of 80 GB;
-the training step is checked by its
-shapes, nothing was run by us.
+the training step is checked by its shapes, nothing was run by us.
 """
 
 import ml_collections
@@ -21,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prompt_length, config.answer_length = 2048, 14_336
     config.network.update({"width": 5120, "depth": 64, "num_heads": 40, "num_kv_heads": 8})
     config.network.update({"mlp_width": 27_648, "rope_theta": 1e6})
+    config.network.attention_chunk = 512
     config.accumulation_steps = 32
     config.rollout.slots = 2048
     config.mesh = {"data": -1, "fsdp": 16, "tensor": 8}

@@ -5,9 +5,18 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 
-from genjax_lab.training import Experiment, Restored, restore, restore_posthoc, train
+from genjax_lab.training import (
+    Experiment,
+    Restored,
+    TrainState,
+    restore,
+    restore_posthoc,
+    train,
+)
 
 DOMAINS = ("images", "next_scale", "reasoning", "text", "tokenizer")
 ROUNDS = ("self_play",)
@@ -79,6 +88,26 @@ def from_checkpoint(
         restored = restored._replace(state=state)
         config.evaluation.ema = "posthoc"
     return build(config), restored._replace(config=config.to_dict())
+
+
+def before_training(config: Mapping[str, Any]) -> tuple[Experiment, Restored]:
+    """The experiment of a config, and the state from which its training would begin.
+
+    Args:
+      config: of a domain.
+
+    Raises:
+      ValueError: as `build`, or if the variables cannot be made.
+    """
+    config = ml_collections.ConfigDict(config)
+    experiment = build(config)
+    init_key, state_key = jax.random.split(jax.random.key(config.seed))
+    variables = dict(experiment.init(init_key))
+    params = variables.pop("params")
+    none = np.int32(0)
+    averages = {name: params for name in config.ema}
+    state = TrainState(none, params, variables, None, averages, state_key, none, none)
+    return experiment, Restored(0, state, config.to_dict(), [], {}, {}, {})
 
 
 def _change(config: ml_collections.ConfigDict, change: str) -> None:

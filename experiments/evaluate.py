@@ -1,6 +1,9 @@
 """Evaluates a checkpoint; its path is all that is needed.
 
     python -m experiments.evaluate --checkpoint=DIR [--step=best] [--metrics=frechet,...]
+    python -m experiments.evaluate --config=FILE --config.base=DIR --out=evaluation.json
+
+The second evaluates what training would begin with, such as published weights.
 
 As papers do, the metrics are computed for several ranges of seeds, of which the minimum is
 reported; the value of fresh seeds, on which nothing was chosen, stands beside it. Writes
@@ -15,24 +18,18 @@ import jax
 import ml_collections
 from absl import app, flags
 
-import experiments
+from experiments.chosen_model import CHECKPOINT, chosen_model
 from experiments.launch import connect, quiet_libraries
 from genjax_lab import evaluation
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", required=True)
-_STEP = flags.DEFINE_string("step", None, "Which checkpoint: a number or 'best'; default the last.")
-_SIGMA_REL = flags.DEFINE_float(
-    "sigma_rel", None, "Width of an average made of the stored ones; default the config's average."
-)
 _METRICS = flags.DEFINE_list("metrics", None, "Metrics; default those of the config.")
 _RANGES = flags.DEFINE_integer(
     "seed_ranges", 3, "Ranges of seeds to take the minimum of.", lower_bound=2
 )
 _NUM = flags.DEFINE_integer("num", None, "Samples in a range; default that of the config.")
-_CHANGES = flags.DEFINE_multi_string(
-    "set", [], "A field of the run's config and its new value, as in --set=sampler.temperature=0.6."
+_OUT = flags.DEFINE_string(
+    "out", None, "Where to write the JSON file; default evaluation.json in the run's directory."
 )
-_OUT = flags.DEFINE_string("out", None, "Where to write the JSON file.")
 
 
 def main(argv: list[str]) -> None:
@@ -41,9 +38,9 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     connect()
 
-    experiment, restored = experiments.from_checkpoint(
-        _CHECKPOINT.value, _STEP.value, sigma_rel=_SIGMA_REL.value, changes=_CHANGES.value
-    )
+    if CHECKPOINT.value is None and _OUT.value is None:
+        raise app.UsageError("without --checkpoint, --out must say where the result goes")
+    experiment, restored = chosen_model()
     num = _NUM.value or ml_collections.ConfigDict(restored.config).evaluation.num_samples
     ranges = [range(i * num, (i + 1) * num) for i in range(_RANGES.value + 1)]
     if rounds := restored.config.get("self_play"):  # which chose and reported on their first seeds
@@ -53,7 +50,8 @@ def main(argv: list[str]) -> None:
         experiment.evaluate(restored.state, seeds=seeds, metrics=_METRICS.value, progress=True)
         for seeds in ranges
     ]
-    result = {"checkpoint": str(_CHECKPOINT.value), "step": restored.step, "num_samples": num}
+    source = CHECKPOINT.value or restored.config.get("base")
+    result = {"checkpoint": source, "step": restored.step, "num_samples": num}
     # The length of right answers, say, is told only where there are some.
     for metric in (name for name in values[0] if all(name in value for value in values)):
         by_range = dict(zip(ranges, (value[metric] for value in values), strict=True))
@@ -64,7 +62,7 @@ def main(argv: list[str]) -> None:
             result[f"{metric}_mean"] = statistics.fmean(by_range.values())
             result[f"{metric}_fresh"] = fresh[ranges[-1]]
     if jax.process_index() == 0:
-        out = Path(_OUT.value or Path(_CHECKPOINT.value) / "evaluation.json")
+        out = Path(_OUT.value or Path(CHECKPOINT.value) / "evaluation.json")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(result, indent=2))

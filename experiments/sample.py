@@ -1,7 +1,9 @@
 """Samples from a checkpoint; its path is all that is needed.
 
     python -m experiments.sample --checkpoint=runs/digits_edm --num=80 --out=samples.png
+    python -m experiments.sample --config=FILE --config.base=DIR --num=8 --out=answers.txt
 
+The second is about what training would begin with, such as published weights.
 The kind of file follows from --out: for images .png is a grid under a row of real images and .npz
 the arrays. Sample i is a function of the weights and of seed i, so --first=1000 --num=1000
 continues --num=1000. With --before=OTHER_RUN the samples of another model are shown above.
@@ -12,20 +14,13 @@ import numpy as np
 from absl import app, flags
 
 import experiments
+from experiments.chosen_model import CHANGES, chosen_model
 from experiments.launch import connect, quiet_libraries
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Directory of a run.", required=True)
-_STEP = flags.DEFINE_string("step", None, "Which checkpoint: a number or 'best'; default the last.")
-_SIGMA_REL = flags.DEFINE_float(
-    "sigma_rel", None, "Width of an average made of the stored ones; default the config's average."
-)
 _NUM = flags.DEFINE_integer("num", 80, "How many samples.", lower_bound=1)
 _FIRST = flags.DEFINE_integer("first", 0, "Seed of the first sample.", lower_bound=0)
 _BEFORE = flags.DEFINE_string(
     "before", None, "Directory of another run, whose samples of the same seeds are shown above."
-)
-_CHANGES = flags.DEFINE_multi_string(
-    "set", [], "A field of the run's config and its new value, as in --set=sampler.temperature=0.6."
 )
 _OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
 
@@ -35,9 +30,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     quiet_libraries()
     connect()
-    experiment, restored = experiments.from_checkpoint(
-        _CHECKPOINT.value, _STEP.value, sigma_rel=_SIGMA_REL.value, changes=_CHANGES.value
-    )
+    experiment, restored = chosen_model()
     seeds = range(_FIRST.value, _FIRST.value + _NUM.value)
 
     def draw(experiment, state) -> np.ndarray:
@@ -45,7 +38,7 @@ def main(argv: list[str]) -> None:
 
     samples, others = draw(experiment, restored.state), {}
     if _BEFORE.value:
-        other, earlier = experiments.from_checkpoint(_BEFORE.value, changes=_CHANGES.value)
+        other, earlier = experiments.from_checkpoint(_BEFORE.value, changes=CHANGES.value)
         others["before"] = draw(other, earlier.state)
     if jax.process_index() == 0:
         experiment.write(samples, _OUT.value, **others)

@@ -1,6 +1,6 @@
 """Networks as flax linen modules: U-Nets, transformers, tokenizers; attention is a function."""
 
-from genjax_lab.networks.decoder import Decoder, stacked, unstacked
+from genjax_lab.networks.decoder import Decoder, chunked_attention, stacked, unstacked
 from genjax_lab.networks.dhariwal_unet import DhariwalUNet, adm_imagenet64
 from genjax_lab.networks.discriminator import Discriminator
 from genjax_lab.networks.dit import DiT, dit_imagenet
@@ -38,6 +38,7 @@ __all__ = [
     "TextCondition",
     "adm_imagenet64",
     "block_causal_mask",
+    "chunked_attention",
     "ddpmpp_cifar10",
     "digits_tokenizer",
     "dit_imagenet",

@@ -40,6 +40,32 @@ def masked_dot_product(
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
+def chunked_attention(attention: MaskedAttention, chunk: int) -> MaskedAttention:
+    """`attention` for `chunk` queries at a time, again for gradients: [chunk, length] instead of
+    [length, length] logits are held.
+
+    Raises:
+        ValueError: if the chunk is not positive.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be positive")
+
+    def attend(query, key, value, mask):
+        batch, length = query.shape[:2]
+        if chunk >= length:
+            return attention(query, key, value, mask)
+        padding = -length % chunk
+        query = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, padding), (0, 0)))
+        queries = jnp.moveaxis(query.reshape(batch, -1, chunk, *query.shape[2:]), 1, 0)
+        masks = jnp.moveaxis(mask.reshape(*mask.shape[:2], -1, chunk, length), 2, 0)
+        part = jax.checkpoint(lambda part: attention(part[0], key, value, part[1]))
+        out = jnp.moveaxis(jax.lax.map(part, (queries, masks)), 0, 1)
+        return out.reshape(batch, length + padding, *out.shape[3:])[:, :length]
+
+    return attend
+
+
 class SharedKeys(NamedTuple):
     """What a step of generation sees of the prompts.
 
@@ -72,6 +98,8 @@ class Decoder(nn.Module):
             "blocks" instead of "block_0" and so on. Generation needs them apart, see `unstacked`.
         remat: recompute blocks for gradients.
         attention: `(query, key, value, mask) -> out` of whole sequences.
+        attention_chunk: queries of whole sequences that are attended at a time, see
+            `chunked_attention`; all if None.
         dtype: of the computation; norms, softmax, rotations and logits are float32 at least.
     """
 
@@ -91,6 +119,7 @@ class Decoder(nn.Module):
     scan: bool = False
     remat: bool = False
     attention: MaskedAttention = masked_dot_product
+    attention_chunk: int | None = None
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
@@ -107,7 +136,10 @@ class Decoder(nn.Module):
             "embedding", normal, (self.vocab_size + self.with_mask, self.width)
         )
         arguments = (self.num_heads, self.num_kv_heads, size, self.mlp_width, self.norm_eps)
-        arguments += (self.qkv_bias, self.depth, self.attention, self.dtype)
+        attention = self.attention
+        if self.attention_chunk is not None:
+            attention = chunked_attention(attention, self.attention_chunk)
+        arguments += (self.qkv_bias, self.depth, attention, self.dtype)
         block = nn.remat(DecoderBlock) if self.remat else DecoderBlock
         if self.scan:
             block = nn.scan(
@@ -289,7 +321,10 @@ class Decoder(nn.Module):
         same = groups[:, :, None] == groups[:, None, :]
         before = jnp.tril(jnp.ones((length, length), bool))
         # Padding has the position of what follows it, which no one sees.
-        positions = jnp.sum(same & before & valid[:, None, :], axis=-1, dtype=jnp.int32) - 1
+        if segments is None:
+            positions = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+        else:
+            positions = jnp.sum(same & before & valid[:, None, :], axis=-1, dtype=jnp.int32) - 1
         mask = same & valid[:, None, :]
         if self.causal:
             mask &= before

@@ -349,6 +349,37 @@ def test_truncated_answers_are_wrong_in_evaluation(restored):
     assert found["avg_at_4"] == pytest.approx(1 - found["truncation_rate"])
 
 
+def config_file(directory, config):
+    """A config as a file that programs take."""
+    lines = ["import ml_collections", f"FIELDS = {config.to_dict()!r}", "", "def get_config():"]
+    lines += ["    return ml_collections.ConfigDict(FIELDS)", ""]
+    (directory / "config.py").write_text("\n".join(lines))
+    return directory / "config.py"
+
+
+def test_published_weights_are_evaluated_without_a_run(base, restored, tmp_path):
+    config = negative_aware(str(tmp_path / "hf"))
+    network = reasoning.make_network(config, Questions(config))
+    pretrained.qwen2.save(tmp_path / "hf", network, {"params": restored[1].params})
+    model = f"--config={config_file(tmp_path, config)}"
+    start("evaluate", model, "--num=16", f"--out={tmp_path}/hf.json")
+    start("evaluate", f"--checkpoint={base}", "--num=16", f"--out={tmp_path}/run.json")
+    found, expected = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("hf", "run"))
+    assert found.pop("checkpoint") == str(tmp_path / "hf") and found.pop("step") == 0
+    assert expected.pop("checkpoint") == str(base) and expected.pop("step") == 8
+    assert found == expected
+    start("sample", model, "--num=3", f"--out={tmp_path}/answers.txt")
+    assert len((tmp_path / "answers.txt").read_text().splitlines()) == 3
+    for arguments, message in (
+        ([model, f"--checkpoint={base}", f"--out={tmp_path}/x.json"], "not both"),
+        ([model], "--out must say"),
+        ([model, "--step=8", f"--out={tmp_path}/x.json"], "--step is about a run"),
+        ([f"--out={tmp_path}/x.json"], "not both"),
+    ):
+        ended = start("evaluate", *arguments, check=False)
+        assert ended.returncode and message in ended.stdout + ended.stderr
+
+
 def test_evaluation_tells_what_all_ranges_of_seeds_have(base, tmp_path):
     """Four answers to a question are often all right or all wrong, and have no such lengths."""
     start("evaluate", f"--checkpoint={base}", "--num=4", f"--out={tmp_path}/e.json")

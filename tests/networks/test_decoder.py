@@ -140,6 +140,33 @@ def test_recomputation_changes_no_gradient(quick_jit, variables):
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(plain))
 
 
+def test_queries_in_parts_change_nothing_but_memory(quick_jit, variables):
+    mask = np.arange(7) >= np.array([[2], [0]])
+
+    def gradient(network):
+        def loss(variables):
+            judged = network.apply(variables, TOKENS, token_mask=mask, method="log_probs")[0]
+            return jnp.sum(jnp.where(mask[:, 1:], judged, 0))
+
+        return quick_jit(jax.value_and_grad(loss))(variables)
+
+    expected = gradient(NETWORK)
+    for chunk in (3, 7):  # 7 are not a multiple of 3
+        found = gradient(NETWORK.clone(attention_chunk=chunk))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    with pytest.raises(ValueError, match="chunk is 0"):
+        jax.eval_shape(NETWORK.clone(attention_chunk=0).init, jax.random.key(0), TOKENS)
+
+    def temporary(chunk):
+        network = NETWORK.clone(attention_chunk=chunk)
+        tokens = jnp.zeros((1, 256), jnp.int32)
+        summed = jax.grad(lambda v: jnp.sum(network.apply(v, tokens, method="log_probs")[0]))
+        return quick_jit(summed).lower(variables).compile().memory_analysis().temp_size_in_bytes
+
+    # 2 blocks, 4 heads, [256, 256] or [16, 256] logits and weights.
+    assert temporary(None) - temporary(16) > 2 * 4 * 256 * 240 * 4
+
+
 def test_bfloat16_keeps_float32_logits(quick_jit, variables, whole):
     network = NETWORK.clone(dtype=jnp.bfloat16)
     logits = quick_jit(network.apply)(variables, TOKENS)
