@@ -1,7 +1,9 @@
 """A decoder learns from its own answers: resumed, on any mesh, by any method, from any base."""
 
+import concurrent.futures
 import json
 import shutil
+import socket
 
 import jax
 import ml_collections
@@ -231,6 +233,19 @@ def test_every_method_takes_a_step(steps, first_rollout, method):
     assert 1e-4 < max(jax.tree.leaves(moved)) < 1
 
 
+def test_the_first_step_is_on_the_policy_in_halves_of_bfloat16(base, tmp_path):
+    """Old log-probabilities come from the training's own dtypes and microbatches."""
+    config = negative_aware(str(base), compute_dtype="bfloat16", accumulation_steps=2)
+    config.update({"num_steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 2})
+    config.network = NETWORK | {"dtype": "bfloat16"}
+    config.optimizer.update({"learning_rate": 3e-2, "warmup_steps": 0})
+    experiments.run(config, str(tmp_path))
+    first, second = [row for row in read_metrics(tmp_path) if "loss" in row]
+    assert first["max_ratio"] == pytest.approx(1, abs=1e-5)
+    assert first["loss"] == pytest.approx(0, abs=1e-6)
+    assert second["max_ratio"] > 1.01  # the same rollout after a step
+
+
 def test_a_divergence_from_the_base_is_added(base, first_rollout):
     config = negative_aware(str(base))
     config.objective = {"kl_coefficient": 0.5, "kl_kind": "k1", "entropy_coefficient": 0.01}
@@ -249,6 +264,33 @@ def test_a_divergence_from_the_base_is_added(base, first_rollout):
     scale = shown.sum() / 1000  # NFT's constant
     expected = scale * (0.5 * difference.mean() - 0.01 * entropy)
     assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_processes_learn_what_one_learns(base, tmp_path):
+    """Answers are gathered, and judged in the first process alone."""
+    config = negative_aware(str(base), num_steps=4, eval_every=4)
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    model = f"--config={config_file(tmp_path, config)}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    several = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        programs = [
+            pool.submit(
+                *(start, "train", model, f"--workdir={tmp_path}/two", *several),
+                f"--process_id={index}",
+            )
+            for index in range(2)
+        ]
+        for program in programs:
+            program.result()
+    experiments.run(config, str(tmp_path / "one"))
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for row, other in zip(one, two, strict=True):
+        del row["seconds"], other["seconds"]
+        assert other == pytest.approx(row, abs=1e-5, nan_ok=True)
 
 
 # Where training begins.
