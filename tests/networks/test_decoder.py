@@ -1,11 +1,14 @@
 """The decoder: what a token sees, packing and padding, judged answers, scans, and its sizes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from genjax_lab.networks import Decoder, stacked, unstacked
+from genjax_lab.parallel import batch_sharding, make_mesh, parameter_shardings
 
 VOCAB = 24
 NETWORK = Decoder(
@@ -306,3 +309,30 @@ def test_steps_need_blocks_apart_and_a_causal_network(variables, change):
 
     with pytest.raises(ValueError, match="causal=True and scan=False"):
         jax.eval_shape(step)
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_logits_of_a_split_vocabulary_are_not_gathered(quick_jit, chunk):
+    """Devices send each other sums over their tokens, and parts of gradients, but no logits."""
+    mesh = make_mesh(data=2, tensor=4)
+    network = Decoder(4096, 64, 1, 4, 2, 64, tied=False)
+    tokens = jax.ShapeDtypeStruct((4, 33), jnp.int32, sharding=batch_sharding(mesh))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), TOKENS)
+    variables = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        parameter_shardings(shapes, mesh),
+    )
+
+    def gradient(variables, tokens):
+        def loss(variables):
+            return network.apply(variables, tokens, chunk=chunk, method="log_probs")[0].sum()
+
+        return jax.grad(loss)(variables)
+
+    program = quick_jit(gradient).lower(variables, tokens).compile().as_text()
+    sent = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all)\(", program)
+    shapes = [tuple(map(int, shape.split(","))) for shape in set(sent) if shape]
+    assert (2, chunk or 32) in shapes  # the sums over the vocabulary
+    assert not any(4096 in shape for shape in shapes)
+    assert not any(1024 in shape and len(shape) > 2 for shape in shapes)
