@@ -238,12 +238,34 @@ def test_the_first_step_is_on_the_policy_in_halves_of_bfloat16(base, tmp_path):
     config = negative_aware(str(base), compute_dtype="bfloat16", accumulation_steps=2)
     config.update({"num_steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 2})
     config.network = NETWORK | {"dtype": "bfloat16"}
+    config.objective.diagnostics = True
+    config.rollout.update({"rate": "history", "bucket": 2})
     config.optimizer.update({"learning_rate": 3e-2, "warmup_steps": 0})
     experiments.run(config, str(tmp_path))
     first, second = [row for row in read_metrics(tmp_path) if "loss" in row]
     assert first["max_ratio"] == pytest.approx(1, abs=1e-5)
     assert first["loss"] == pytest.approx(0, abs=1e-6)
     assert second["max_ratio"] > 1.01  # the same rollout after a step
+    assert first["ratio_0.01"] == first["ratio_0.99"] == pytest.approx(1, abs=1e-5)
+    assert -1 <= first["gradient_cosine"] < 1 and first["gradient_wrong_norm"] > 0
+    assert any(name.startswith("loss_at_rate") for name in second)
+    assert first["ledger/generated_tokens"] == second["ledger/generated_tokens"] > 0
+
+
+def test_a_reward_of_ones_own_sees_questions_and_texts(base, first_rollout):
+    def reward(answers):
+        assert answers.outcome.shape == answers.lengths.shape == answers.truncated.shape
+        pairs = zip(answers.problems, answers.texts, strict=True)
+        return [float(text == problem.gold) - 0.125 * len(text) for problem, text in pairs]
+
+    config = negative_aware(str(base))
+    experiment = reasoning.build(config, reward=reward)
+    for batch, plain in zip(rollout_of(config, experiment), first_rollout, strict=True):
+        np.testing.assert_array_equal(batch["group_rate"], plain["group_rate"])
+        ended = batch["answer_mask"] & (batch["answer"] == 0)
+        letters = batch["answer_mask"].sum(axis=1) - ended.sum(axis=1)
+        exact = batch["group_reward"] + 0.125 * letters
+        assert set(exact) <= {0.0, 1.0} and (exact >= batch["outcome"]).all()
 
 
 def test_a_divergence_from_the_base_is_added(base, first_rollout):
