@@ -159,9 +159,8 @@ def initial_variables(
         return jax.jit(network.init)(key, jnp.zeros((1, 2), jnp.int32))
     base = Path(config.base)
     if (base / "config.json").exists() and not (base / "checkpoints").exists():
-        # In the host's memory: the training step places it, part by part.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            found, variables = pretrained.qwen2.load(base, scan=network.scan)
+        mesh = make_mesh(**config.mesh)
+        found, variables = pretrained.qwen2.load(base, scan=network.scan, mesh=mesh)
     else:
         run = restore(base / "checkpoints" if (base / "checkpoints").exists() else base)
         settings = ml_collections.ConfigDict(run.config)

@@ -166,8 +166,8 @@ def make_train_step(
     batches_sharding = batch_sharding(mesh, batch_axis=1)
 
     def init(variables: Variables, key: PRNGKeyArray) -> TrainState:
-        variables = _check_variables(variables)
-        key_data = _to_host(jax.random.key_data(key))
+        variables = jax.tree.map(lambda x: _movable(x, mesh), _checked_variables(variables))
+        key_data = _movable(jax.random.key_data(key), mesh)
 
         def place(variables: Variables, key_data: Array) -> TrainState:
             impl = jax.random.key_impl(key)
@@ -261,7 +261,7 @@ def _check_sizes(
         )
 
 
-def _check_variables(variables: Variables) -> dict[str, PyTree]:
+def _checked_variables(variables: Variables) -> dict[str, PyTree]:
     if not isinstance(variables, Mapping) or not jax.tree.leaves(variables.get("params")):
         raise ValueError(
             'variables must be a linen variables dict with a non-empty "params" collection, got '
@@ -274,13 +274,19 @@ def _check_variables(variables: Variables) -> dict[str, PyTree]:
                 f"variables['params']{jax.tree_util.keystr(path)} is {leaf.dtype}; parameters are "
                 "kept in float32, use compute_dtype for cheaper arithmetic"
             )
-    return jax.tree.map(_to_host, variables)
+    return variables
 
 
-def _to_host(array: Array) -> np.ndarray | Array:
-    # Arrays that are committed to one device cannot enter a computation on others. Under
-    # `jax.eval_shape`, which describes models too large for this machine, nothing is to be moved.
-    return array if isinstance(array, jax.core.Tracer) else np.asarray(array)
+def _movable(array: Array, mesh: Mesh) -> np.ndarray | Array:
+    """An array as a computation on the mesh can take it."""
+    # Under `jax.eval_shape`, which describes models too large for this machine, nothing is moved;
+    # nor is what lies on the mesh already, in parts that may be too many for a host's memory.
+    if isinstance(array, jax.core.Tracer):
+        return array
+    if isinstance(array, jax.Array) and array.sharding.device_set == set(mesh.devices.flat):
+        return array
+    # Arrays that are committed to other devices cannot enter.
+    return np.asarray(array)
 
 
 def _check_batches(batches: PyTree, steps_per_call: int, batch_size: int) -> None:

@@ -5,7 +5,7 @@ import optax
 import pytest
 import tiny_experiment
 
-from genjax_lab.parallel import global_batch, make_mesh
+from genjax_lab.parallel import global_batch, make_mesh, parameter_shardings
 from genjax_lab.training import half_life_ema, make_train_step, power_ema
 
 BATCH = 16
@@ -345,3 +345,32 @@ def test_objectives_that_break_the_contract_are_rejected():
         step = make_train_step(objective, optax.sgd(0.1), batch_size=4)
         with pytest.raises(ValueError, match=message):
             step.step(step.init(vector(), KEY), rows(1.0))
+
+
+def test_variables_on_the_mesh_stay_there_and_others_are_moved(monkeypatch):
+    """A model's parts may be too many for the memory of a host."""
+    mesh = make_mesh(data=2, fsdp=4)
+    make = make_train_step(quadratic, optax.adam(1.0), batch_size=8, mesh=mesh)
+    params = {"w": np.arange(2**15, dtype=np.float32).reshape(128, 256)}
+    there = jax.device_put(params, parameter_shardings(params, mesh))
+    assert not there["w"].is_fully_replicated
+    elsewhere = jax.device_put(params, jax.devices()[3])
+    expected = make.init({"params": params}, KEY).params
+    assert_same(make.init({"params": elsewhere}, KEY).params, expected)
+
+    class Numpy:
+        """What the module has of numpy: small arrays only."""
+
+        ndarray = np.ndarray
+
+        @staticmethod
+        def asarray(array):
+            assert np.size(array) < 2**15, "the parameters came to the host"
+            return np.asarray(array)
+
+    monkeypatch.setattr("genjax_lab.training.step.np", Numpy)
+    placed = make.init({"params": there}, KEY).params
+    with pytest.raises(AssertionError, match="came to the host"):
+        make.init({"params": elsewhere}, KEY)
+    assert_same(placed, expected)
+    assert placed["w"].sharding == there["w"].sharding
