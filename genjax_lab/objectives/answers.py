@@ -95,10 +95,10 @@ def answer_objective(
         kl_kind: see `kl_estimate`.
         entropy_coefficient: of the entropy, which is subtracted.
         takes_weights: whether the loss has the last two arguments; `online_dpo_loss` has not.
-        diagnostics: whether metrics have `ratio_quantiles`, means of answers' losses by the rate of
-            their questions ("loss_at_rate_0.25" of those around it; not of losses of pairs), and
-            `split_gradient`, too. With the last a step takes about three times as long. Of a batch
-            that is cut into microbatches they are means over these.
+        diagnostics: whether metrics have `ratio_quantiles`, `means_by_rate` of answers' losses
+            ("loss_at_rate_0.125" is that of rates below 1/4; not of losses of pairs), and
+            `split_gradient`, too. The last takes two more gradients. Of a batch that is cut into
+            microbatches they are means over these.
 
     Returns:
         An objective of batches of `answer_batch`. Beside the loss's own metrics: "entropy" of the
