@@ -51,7 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
         "dtype": "bfloat16",
     }
     config.method = "nft"
-    config.objective = {"chunk": 256}
+    config.objective.chunk = 256
     config.rollout.update({"num_groups": 512, "num_samples": 16, "minibatches": 16})
     config.rollout.update({"batch_questions": 1536, "slots": 4096})
     config.optimizer.update({"learning_rate": 1e-6, "warmup_steps": 10, "weight_decay": 0.1})

@@ -91,7 +91,7 @@ def from_checkpoint(
 
 
 def before_training(config: Mapping[str, Any]) -> tuple[Experiment, Restored]:
-    """The experiment of a config, and the state from which its training would begin.
+    """The experiment of a config, and the state from which its training would begin, on its mesh.
 
     Args:
       config: of a domain.
@@ -104,6 +104,8 @@ def before_training(config: Mapping[str, Any]) -> tuple[Experiment, Restored]:
     init_key, state_key = jax.random.split(jax.random.key(config.seed))
     variables = dict(experiment.init(init_key))
     params = variables.pop("params")
+    if experiment.project is not None:
+        params = experiment.project(params)
     none = np.int32(0)
     averages = {name: params for name in config.ema}
     state = TrainState(none, params, variables, None, averages, state_key, none, none)

@@ -3,7 +3,8 @@
     python -m experiments.evaluate --checkpoint=DIR [--step=best] [--metrics=frechet,...]
     python -m experiments.evaluate --config=FILE --config.base=DIR --out=evaluation.json
 
-The second evaluates what training would begin with, such as published weights.
+The second evaluates what training would begin with, such as published weights, on the config's mesh
+(with less than it names, --config.mesh.fsdp=1 --config.mesh.tensor=1).
 
 As papers do, the metrics are computed for several ranges of seeds, of which the minimum is
 reported; the value of fresh seeds, on which nothing was chosen, stands beside it. Writes

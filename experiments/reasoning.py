@@ -8,7 +8,8 @@ Beside the loop's fields (`genjax_lab.training.default_config`) a config has
   network     name in genjax_lab.networks and its arguments, beside vocab_size
   base        where training begins: directory of a run of this domain, or of a Hugging Face model
   method      "sft", supervised learning from the task's own answers, or one of METHODS
-  objective   arguments of the method's loss, and of `objectives.answer_objective`
+  objective   arguments of the method's loss, and of `objectives.answer_objective`; None stands for
+              what the method itself has
   rollout     arguments of `reasoning.RolloutSettings`, and slots of `samplers.generate`
   reward      for policy gradients: signed, -1 for wrong answers; overlong_buffer, overlong_factor
               of `objectives.overlong_penalty`
@@ -54,19 +55,24 @@ class Method(NamedTuple):
     loss: Callable[..., Any]
     aggregation: str
     takes_weights: bool = True
+    takes_reward: bool = True
 
 
 METHODS = {
-    "nft": Method(objectives.nft_loss, "token-sum-const"),
-    "rft": Method(objectives.rft_loss, "token-sum-const"),
+    "nft": Method(objectives.nft_loss, "token-sum-const", takes_reward=False),
+    "rft": Method(objectives.rft_loss, "token-sum-const", takes_reward=False),
     "grpo": Method(objectives.grpo_loss, "seq-mean-token-mean"),
     "dr_grpo": Method(objectives.dr_grpo_loss, "seq-mean-token-sum-norm"),
     "dapo": Method(objectives.dapo_loss, "token-mean"),
     "gspo": Method(objectives.gspo_loss, "seq-mean-token-mean"),
     "rloo": Method(objectives.rloo_loss, "seq-mean-token-sum"),
     "reinforce": Method(objectives.reinforce_loss, "seq-mean-token-sum"),
-    "signed_likelihood": Method(objectives.signed_likelihood_loss, "token-sum-const"),
-    "online_dpo": Method(objectives.online_dpo_loss, "token-mean", takes_weights=False),
+    "signed_likelihood": Method(
+        objectives.signed_likelihood_loss, "token-sum-const", takes_reward=False
+    ),
+    "online_dpo": Method(
+        objectives.online_dpo_loss, "token-mean", takes_weights=False, takes_reward=False
+    ),
 }
 
 
@@ -82,13 +88,42 @@ def default_config() -> ml_collections.ConfigDict:
             "network": {"name": "Decoder"},
             "base": placeholder(str),
             "method": "nft",
-            "objective": {},
+            "objective": {
+                "aggregation": placeholder(str),
+                "constant": placeholder(float),
+                "chunk": placeholder(int),
+                "diagnostics": False,
+                "kl_coefficient": 0.0,
+                "kl_kind": "k3",
+                "entropy_coefficient": 0.0,
+                # Of NFT and RFT.
+                "epsilon": placeholder(float),
+                "negative_weight": placeholder(float),
+                "weighting": placeholder(str),
+                "ratio": placeholder(str),
+                # Of policy gradients.
+                "epsilon_low": placeholder(float),
+                "epsilon_high": placeholder(float),
+                "dual_clip": placeholder(float),
+                # Of online DPO.
+                "beta": placeholder(float),
+            },
             "rollout": {
                 "num_groups": 32,
                 "num_samples": 8,
                 "minibatches": 4,
                 "epochs": 1,
                 "batch_questions": 64,
+                "band": (0.0, 1.0),
+                "max_batches": 10,
+                "strategy": "backfill",
+                "carry_over": False,
+                "rate": "mean",
+                "history_decay": 0.5,
+                "importance_cap": placeholder(float),
+                "truncated_is_wrong": True,
+                "mask_truncated": False,
+                "bucket": placeholder(int),
                 "temperature": 1.0,
                 "slots": placeholder(int),
             },
@@ -120,11 +155,16 @@ def build(
       reward: one's own reward of policy gradients, in place of `config.reward`; likewise.
 
     Raises:
-      ValueError: if a name is unknown, or arguments or numbers do not fit.
+      ValueError: if a name is unknown, or arguments or numbers do not fit; if a reward is given to a
+        method that takes none.
     """
     questions = Questions(config)
     if task is not None:
         questions.task = task
+    if reward is not None and not (
+        config.method in METHODS and METHODS[config.method].takes_reward
+    ):
+        raise ValueError(f"config.method={config.method!r} learns without a reward, but got one")
     network = make_network(config, questions)
     judge = AnswerJudge(config, network, questions)
     supervised = config.method == "sft"
@@ -189,11 +229,13 @@ def make_objective(
     config: ml_collections.ConfigDict, network: networks.Decoder
 ) -> objectives.Objective:
     """The objective of a config, which also reports the means of the rollout."""
-    fields = dict(config.objective)
+    fields = {name: value for name, value in config.objective.items() if value is not None}
     options = {name: fields.pop(name) for name in _OF_OBJECTIVE if name in fields}
     if config.method == "sft":
+        options.pop("kl_kind", None)
+        asked = {name: value for name, value in options.items() if value}
         try:
-            return objectives.answer_likelihood(network.apply, **options, **fields)
+            return objectives.answer_likelihood(network.apply, **asked, **fields)
         except TypeError as error:
             raise ValueError(f"config.objective does not fit 'sft': {error}") from error
     method = method_of(config)
@@ -237,11 +279,15 @@ def method_of(config: ml_collections.ConfigDict) -> Method:
     if config.method not in METHODS:
         raise ValueError(f"config.method is {config.method!r}, not 'sft' or in {sorted(METHODS)}")
     method = METHODS[config.method]
-    ignored = [name for name in ("aggregation", "constant") if name in config.objective]
+    ignored = [n for n in ("aggregation", "constant") if config.objective.get(n) is not None]
     ignored += ["importance_cap"] if config.rollout.get("importance_cap") is not None else []
     if not method.takes_weights and ignored:
         raise ValueError(
             f"config.method={config.method!r} is a mean over pairs, it has no {ignored}"
+        )
+    if not method.takes_reward and (config.reward.signed or config.reward.overlong_buffer):
+        raise ValueError(
+            f"config.method={config.method!r} learns from outcomes, it has no config.reward"
         )
     if not method.takes_weights and config.accumulation_steps > 1:
         raise ValueError(

@@ -4,7 +4,7 @@
 
 The same weights in both (PyTorch on the CPU, transformers' Qwen2), the same batch of 64 prompts,
 answers drawn at temperature 1 up to a limit; of training steps the faster of the whole batch at
-once and in PARTS microbatches, each side its own. Beside it, of our own program alone:
+once and in MICROBATCHES parts, each side its own. Beside it, of our own program alone:
 
   losses       a step of NFT, GRPO and DAPO / a step of supervised learning on the same batch
   cache        drawing T tokens with whole forward passes / with keys and values kept
@@ -36,7 +36,9 @@ from genjax_lab import networks, objectives, pretrained, samplers, training
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed repetitions.", lower_bound=1)
 _SIZES = flags.DEFINE_list("sizes", ["tiny", "small"], "Of SIZES.")
-_BATCH = flags.DEFINE_integer("batch_size", 64, "Prompts and slots.", lower_bound=8)
+_BATCH = flags.DEFINE_integer(
+    "batch_size", 64, "Prompts and slots, a multiple of 8.", lower_bound=8
+)
 _LENGTH = flags.DEFINE_integer("length", 128, "Tokens of an answer.", lower_bound=4)
 _LIMIT = flags.DEFINE_integer("limit", 512, "Of answers of random lengths.", lower_bound=8)
 _QUEUE = flags.DEFINE_integer("queue", 16, "Answers in units of slots.", lower_bound=2)
@@ -47,7 +49,7 @@ _PARTS = flags.DEFINE_list(
 _OUT = flags.DEFINE_string("out", "experiments/results/decoder.json", "Where it goes.")
 
 PROMPT = 16
-PARTS = 8
+MICROBATCHES = 8
 SIZES = {
     "tiny": {"width": 64, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 192},
     "small": {"width": 256, "depth": 4, "num_heads": 8, "num_kv_heads": 2, "mlp_width": 704},
@@ -179,8 +181,8 @@ def against_transformers(size: str) -> dict[str, float]:
             "torch_generate": torch_generate,
             "step": step_program(network, variables, objective),
             "torch_step": torch_step,
-            "step_in_parts": step_program(network, variables, objective, PARTS),
-            "torch_step_in_parts": functools.partial(torch_step, PARTS),
+            "step_in_parts": step_program(network, variables, objective, MICROBATCHES),
+            "torch_step_in_parts": functools.partial(torch_step, MICROBATCHES),
         },
         repeats=_REPEATS.value,
     )

@@ -115,12 +115,13 @@ def learn(sizes: Sizes, run: Run) -> dict[str, Any]:
     config.seed, config.progress = 1000 + run.seed, False
     fields = METHODS[run.method]
     config.method = fields["method"]
-    config.objective = {"aggregation": "token-mean"} | fields.get("objective", {})
+    config.objective.update({"aggregation": "token-mean"} | fields.get("objective", {}))
     config.optimizer.learning_rate = run.rate
     config.rollout.update({"strategy": "partial", "max_batches": 1})
     config.num_steps = sizes.rollouts * config.steps_per_call
     every = max(1, sizes.rollouts // sizes.evaluations) * config.steps_per_call
     config.eval_every, config.checkpoint_every = every, config.num_steps
+    config.log_every = config.steps_per_call  # what it has cost, wherever it is evaluated
     config.evaluation.num_samples = sizes.answers
     name = f"{run.method}_{run.rate}_{run.seed}".replace(" ", "").replace(",", "_")
     directory = str(Path(sizes.workdir) / name)
@@ -135,11 +136,11 @@ def learn(sizes: Sizes, run: Run) -> dict[str, Any]:
 
 def curves_of(directory: str) -> list[dict[str, float]]:
     rows = training.read_metrics(directory)
-    ledgers = {row["step"]: row for row in rows if "ledger/answers" in row}
+    spent = {row["step"]: row for row in rows if f"ledger/{COSTS[0]}" in row}
     return [
         {"step": row["step"]}
         | {name: row[f"eval/{name}"] for name in CURVES}
-        | {name: ledgers.get(row["step"], {}).get(f"ledger/{name}") for name in COSTS}
+        | {name: spent[row["step"]][f"ledger/{name}"] for name in COSTS if spent}
         for row in rows
         if "eval/entropy" in row
     ]

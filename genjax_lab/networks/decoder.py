@@ -27,22 +27,24 @@ from genjax_lab.networks.rotary import rotary_angles, rotate
 KeysValues = tuple[
     Float[Array, "batch kv_heads head_dim columns"], Float[Array, "batch kv_heads columns head_dim"]
 ]
-MaskedAttention = Callable[[Array, Array, Array, Bool[Array, "batch 1 length length"]], Array]
+MaskedAttention = Callable[[Array, Array, Array, Bool[Array, "batch 1 queries length"]], Array]
 
 
 def masked_dot_product(
-    query: Float[Array, "batch length heads head_dim"],
+    query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
     value: Float[Array, "batch length kv_heads head_dim"],
-    mask: Bool[Array, "batch 1 length length"],
-) -> Float[Array, "batch length heads head_dim"]:
+    mask: Bool[Array, "batch 1 queries length"],
+) -> Float[Array, "batch queries heads head_dim"]:
     """Attention where `mask` allows it, softmax in float32; the mean where it allows nothing."""
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
 def chunked_attention(attention: MaskedAttention, chunk: int) -> MaskedAttention:
-    """`attention` for `chunk` queries at a time, again for gradients: [chunk, length] instead of
-    [length, length] logits are held.
+    """`attention` for `chunk` queries at a time, again for gradients.
+
+    [chunk, length] instead of [length, length] logits are held. The attention gets fewer queries
+    than keys, with their rows of the mask.
 
     Raises:
         ValueError: if the chunk is not positive.

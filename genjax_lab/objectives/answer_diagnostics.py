@@ -56,7 +56,11 @@ def ratio_quantiles(
 
 
 def means_by_rate(
-    values: Float[Array, "batch"], group: Groups, *, num_bins: int = 4
+    values: Float[Array, "batch"],
+    group: Groups,
+    *,
+    num_bins: int = 4,
+    where: Shaped[Array, "batch"] | None = None,
 ) -> Float[Array, "num_bins"]:
     """Means of `values` of answers to questions of a correctness rate in each part of [0, 1].
 
@@ -65,6 +69,7 @@ def means_by_rate(
             its tokens' terms.
         group: see `group_statistics`.
         num_bins: equal parts; the last has rate 1, too.
+        where: which answers count; all if None.
 
     Returns:
         NaN for parts without answers.
@@ -78,5 +83,7 @@ def means_by_rate(
             f"{group.rate.shape}"
         )
     bins = jnp.clip((group.rate * num_bins).astype(jnp.int32), 0, num_bins - 1)
-    total, count = (jax.ops.segment_sum(x, bins, num_bins) for x in (values, jnp.ones_like(values)))
+    counted = jnp.ones_like(values) if where is None else where.astype(values.dtype)
+    shown = jnp.where(counted > 0, values, 0)
+    total, count = (jax.ops.segment_sum(x, bins, num_bins) for x in (shown, counted))
     return jnp.where(count > 0, total / count, jnp.nan)

@@ -95,10 +95,10 @@ def answer_objective(
         kl_kind: see `kl_estimate`.
         entropy_coefficient: of the entropy, which is subtracted.
         takes_weights: whether the loss has the last two arguments; `online_dpo_loss` has not.
-        diagnostics: whether metrics have `ratio_quantiles`, `means_by_rate` of answers' losses
-            ("loss_at_rate_0.125" is that of rates below 1/4; not of losses of pairs), and
-            `split_gradient`, too. The last takes two more gradients. Of a batch that is cut into
-            microbatches they are means over these.
+        diagnostics: whether metrics have `ratio_quantiles`, too, and but for losses of pairs
+            `means_by_rate` of answers' losses ("loss_at_rate_0.125" is that of rates below 1/4; NaN
+            where no answer is learned from) and `split_gradient`, which takes two more gradients.
+            Of a batch that is cut into microbatches they are means over these, and NaN if one is.
 
     Returns:
         An objective of batches of `answer_batch`. Beside the loss's own metrics: "entropy" of the
@@ -155,15 +155,14 @@ def answer_objective(
         metrics = metrics | ratio_quantiles(log_ratio, batch["counted"])
         if takes_weights:
             metrics |= _losses_by_rate(loss, fixed, batch)
-        split = split_gradient(objective, jax.lax.stop_gradient(variables), batch)
-        return value, metrics | {f"gradient_{name}": norm for name, norm in split.items()}
+            split = split_gradient(objective, jax.lax.stop_gradient(variables), batch)
+            metrics |= {f"gradient_{name}": norm for name, norm in split.items()}
+        return value, metrics
 
     return diagnosed if diagnostics else objective
 
 
 def _losses_by_rate(loss, log_probs, batch) -> dict[str, Array]:
-    """NaN for rates that no question has."""
-
     def of_answer(log_probs, part):
         group = Groups(*(part[f"{_GROUP}{name}"] for name in Groups._fields))
         options = {"weights": part["weights"], "importance": part.get("importance")}
@@ -173,7 +172,7 @@ def _losses_by_rate(loss, log_probs, batch) -> dict[str, Array]:
     alone = lambda tree: jax.tree.map(lambda x: x[:, None], tree)  # noqa: E731
     losses = jax.vmap(of_answer)(alone(log_probs), alone(dict(batch)))
     group = Groups(*(batch[f"{_GROUP}{name}"] for name in Groups._fields))
-    means = means_by_rate(losses, group)
+    means = means_by_rate(losses, group, where=jnp.any(batch["counted"], axis=1))
     centers = (np.arange(len(means)) + 0.5) / len(means)
     return {f"loss_at_rate_{c:g}": mean for c, mean in zip(centers, means, strict=True)}
 

@@ -6,7 +6,7 @@ shuffling answers and cutting them into batches, microbatches or shards changes 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,8 @@ def group_statistics(
     reward: Float[Array, "batch"] | None = None,
     rate: Float[Array, "batch"] | None = None,
     num_groups: int | None = None,
-    **estimate: Any,
+    estimate: str = "mean",
+    prior: tuple[float, float] = (1.0, 1.0),
 ) -> Groups:
     """Gathers what each answer must know of its group.
 
@@ -98,7 +99,7 @@ def group_statistics(
         reward: whatever policy gradients are to use instead of the outcome.
         rate: r_q of each answer, such as of a history; else `correctness_rate`.
         num_groups: the batch size if None.
-        **estimate: arguments of `correctness_rate`.
+        estimate, prior: see `correctness_rate`.
 
     Raises:
         ValueError: if shapes do not fit, outcomes are not in [0, 1], or not finite.
@@ -121,15 +122,17 @@ def group_statistics(
             raise ValueError("reward must be finite")
         if np.min(ids) < 0 or np.max(ids) >= count:
             raise ValueError(f"ids must be in [0, {count}), got {np.min(ids)}..{np.max(ids)}")
-    return _statistics(outcome, ids, reward, rate, num_groups=count, **estimate)
+    if rate is not None and np.shape(rate) != outcome.shape:
+        raise ValueError(f"rate must be [batch], {outcome.shape}, got {np.shape(rate)}")
+    return _statistics(outcome, ids, reward, rate, count, estimate, tuple(prior))
 
 
-@functools.partial(jax.jit, static_argnames=("num_groups", "estimate", "prior"))
-def _statistics(outcome, ids, reward, rate, *, num_groups: int, **estimate: Any) -> Groups:
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _statistics(outcome, ids, reward, rate, num_groups: int, estimate: str, prior) -> Groups:
     exact = jnp.promote_types(outcome.dtype, jnp.float32)
     outcome, reward = outcome.astype(exact), reward.astype(exact)
     if rate is None:
-        rate = correctness_rate(outcome, ids, num_groups=num_groups, **estimate)
+        rate = correctness_rate(outcome, ids, estimate=estimate, prior=prior, num_groups=num_groups)
     mean = group_mean(reward, ids, num_groups=num_groups)
     # Of the deviations, not of the squares: equal rewards have the deviation 0, exactly.
     deviation = jnp.where(_is_constant(reward, ids, num_groups), 0, reward - mean)

@@ -7,7 +7,6 @@ from genjax_lab.parallel.mesh import (
     make_mesh,
     parameter_shardings,
     process_share,
-    to_host,
 )
 
 __all__ = [
@@ -17,5 +16,4 @@ __all__ = [
     "make_mesh",
     "parameter_shardings",
     "process_share",
-    "to_host",
 ]

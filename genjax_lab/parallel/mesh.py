@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, Shaped
 
@@ -140,13 +139,6 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
             f"mesh has no device of process {jax.process_index()}; every process must take part"
         )
     return parts.index(frozenset(slots[jax.process_index()])), len(parts)
-
-
-def to_host(array: Any) -> Any:
-    """An array as numpy, of all processes' parts; these must all call it."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def global_batch(

@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from genjax_lab.data.batch_order import BatchOrder
 from genjax_lab.objectives import answer_batch, group_statistics, importance_weights
-from genjax_lab.parallel import to_host
 from genjax_lab.reasoning.problems import Problem, Task
 from genjax_lab.reasoning.rollout import (
     AnsweredProblem,
@@ -25,7 +24,7 @@ from genjax_lab.reasoning.rollout import (
     collect_groups,
 )
 from genjax_lab.reasoning.tokens import Codec
-from genjax_lab.samplers import Generation
+from genjax_lab.samplers import Generation, to_host
 
 # Means of a rollout that every row of its batches carries, so that the log has them.
 STATISTICS = (
@@ -40,6 +39,7 @@ STATISTICS = (
 STATISTIC = "rollout_"
 
 
+RATES = ("mean", "leave_one_out", "beta", "history")
 # Keeps the keys of rollouts apart from those of training, which are children of the same seed.
 _ROLLOUT_STREAM = 2**31 + 1
 
@@ -57,9 +57,9 @@ class RolloutSettings(NamedTuple):
         carry_over: whether useful questions that were not needed come first in the next rollout.
             They were then answered by an older policy, whose log-probabilities they keep: those of
             the law they were drawn from, which should have no cuts.
-        rate: estimate of r_q, see `correctness_rate`; or "history", the share of right answers to
-            the question in all rollouts, those of each earlier one counting `history_decay` times
-            as much as those of the next.
+        rate: estimate of r_q, one of RATES: see `correctness_rate`; or "history", the share of
+            right answers to the question in all rollouts, those of each rollout in which it was
+            asked counting `history_decay` times as much as those of the next.
         history_decay: in [0, 1].
         aggregation, constant: see `aggregation_weights`.
         importance_cap: see `importance_weights`; None for weights of 1.
@@ -102,6 +102,8 @@ class RolloutSettings(NamedTuple):
                 f"num_samples={self.num_samples} must be at least 2, and num_groups="
                 f"{self.num_groups} a multiple of minibatches={self.minibatches}"
             )
+        if self.rate not in RATES:
+            raise ValueError(f"rate is {self.rate!r}, not in {RATES}")
         if not 0 <= self.history_decay <= 1 or (self.bucket is not None and self.bucket < 1):
             raise ValueError(
                 f"history_decay={self.history_decay} must be in [0, 1], and bucket={self.bucket} "
@@ -133,6 +135,14 @@ JudgeTokens = Callable[[Any, Array, Array, Array, Array], Array]
 Reward = Callable[[JudgedAnswers], Float[np.ndarray, "answers"]]
 
 
+class _Record(NamedTuple):
+    """What is remembered of a question: right answers and answers, and the last rollout."""
+
+    right: float
+    count: float
+    rollout: int
+
+
 class AnswerStream:
     """Endless batches of `answer_batch`, of the model that `follow` was last given.
 
@@ -146,7 +156,8 @@ class AnswerStream:
         seed: of everything that is drawn.
         judged_rows: a divisor of the mini-batch, which it is if None.
         reward: of policy gradients; the outcome if None. Which questions are kept and r_q do not
-            depend on it.
+            depend on it. The first of several processes asks for it; what it says twice must be the
+            same for a run to be continued exactly.
         share: (index, count): which contiguous part of each batch is given here.
         reference: variables of a frozen model, whose log-probabilities batches are to have.
     """
@@ -185,7 +196,7 @@ class AnswerStream:
         self._variables: Any = None
         self._asked = self._rollouts = 0
         self._carried: list[AnsweredProblem] = []
-        self._history: dict[int, tuple[float, float]] = {}  # right answers and answers
+        self._history: dict[int, _Record] = {}  # of problems by their numbers
         self._pending: list[dict[str, np.ndarray]] = []
         self.ledger = Ledger()
 
@@ -225,7 +236,7 @@ class AnswerStream:
             "rollouts": self._rollouts,
             "seed": self._seed,
             "carried": [group.to_json() for group in self._carried],
-            "history": [[problem, *counts] for problem, counts in self._history.items()],
+            "history": [[problem, *record] for problem, record in self._history.items()],
             "ledger": self.ledger._asdict(),
         }
 
@@ -239,7 +250,11 @@ class AnswerStream:
             raise ValueError(f"the position is of seed {state['seed']}, this one of {self._seed}")
         self._asked, self._rollouts = state["asked"], state["rollouts"]
         self._carried = [AnsweredProblem.from_json(group) for group in state["carried"]]
-        self._history = {problem: (r, n) for problem, r, n in state.get("history", ())}
+        self._history = {problem: _Record(*rest) for problem, *rest in state.get("history", ())}
+        if self._settings.rate == "history":
+            for group in self._carried:  # which a run may not have remembered until now
+                record = _Record(float(group.outcome.sum()), len(group.outcome), -1)
+                self._history.setdefault(group.problem, record)
         self.ledger, self._pending = Ledger(**state["ledger"]), []
 
     def _rollout(self) -> list[dict[str, np.ndarray]]:
@@ -278,14 +293,18 @@ class AnswerStream:
         answered = [group._replace(problem=n) for group, n in zip(answered, numbers, strict=True)]
         if self._settings.rate == "history":
             for group in answered:
-                right, count = self._history.get(group.problem, (0.0, 0.0))
-                decay = self._settings.history_decay
-                now = (
-                    decay * right + float(group.outcome.sum()),
-                    decay * count + len(group.outcome),
-                )
-                self._history[group.problem] = now
+                self._remember(group)
         return answered, steps
+
+    def _remember(self, group: AnsweredProblem) -> None:
+        right, count, rollout = self._history.get(group.problem, _Record(0.0, 0.0, -1))
+        # A question may be asked several times in a rollout: these answers are all of one policy.
+        decay = 1.0 if rollout == self._rollouts else self._settings.history_decay
+        self._history[group.problem] = _Record(
+            decay * right + float(group.outcome.sum()),
+            decay * count + len(group.outcome),
+            self._rollouts,
+        )
 
     def _rows(
         self, collected: Collected, carried: Sequence[AnsweredProblem]
@@ -349,10 +368,10 @@ class AnswerStream:
                 rows["answer_mask"].sum(axis=1),
                 rows["truncated"],
             )
-            reward = np.asarray(self._reward(judged), np.float32)
+            reward = _of_first_process(lambda: self._reward(judged), len(judged.outcome))
         if settings.rate == "history":
-            counts = np.array([self._history[i] for i in rows["problem"].tolist()])
-            estimate = {"rate": np.float32(counts[:, 0] / counts[:, 1])}
+            records = [self._history[i] for i in rows["problem"].tolist()]
+            estimate = {"rate": np.float32([r.right / r.count for r in records])}
         else:
             estimate = {"estimate": settings.rate}
         statistics = group_statistics(rows["outcome"], rows["ids"], reward=reward, **estimate)
@@ -472,12 +491,18 @@ def verified(task: Task, problems: Sequence, texts: Sequence[str]) -> np.ndarray
 
     A time limit may end otherwise in another, and all must go on alike.
     """
-    outcome = np.zeros(len(texts), np.float32)
+    return _of_first_process(lambda: task.verify(problems, texts), len(texts))
+
+
+def _of_first_process(values: Callable[[], Any], count: int) -> Float[np.ndarray, "count"]:
+    found = np.zeros(count, np.float32)
     if jax.process_index() == 0:
-        outcome = np.asarray(task.verify(problems, texts), np.float32)
+        found = np.asarray(values(), np.float32)
+        if found.shape != (count,):
+            raise ValueError(f"there must be {count} numbers, got an array {found.shape}")
     if jax.process_count() > 1:
-        outcome = np.asarray(multihost_utils.broadcast_one_to_all(outcome))
-    return outcome
+        found = np.asarray(multihost_utils.broadcast_one_to_all(found))
+    return found
 
 
 def rollout_statistics(collected: Collected) -> dict[str, float]:

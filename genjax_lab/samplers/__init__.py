@@ -18,7 +18,7 @@ from genjax_lab.samplers.base import (
     SharedState,
     sample,
 )
-from genjax_lab.samplers.batches import sample_batches
+from genjax_lab.samplers.batches import sample_batches, to_host
 from genjax_lab.samplers.block_diffusion import (
     BlockDenoiser,
     BlockReport,
@@ -106,6 +106,7 @@ __all__ = [
     "switch_by_noise",
     "tau_leaping",
     "time_steps",
+    "to_host",
     "token_decoder",
     "token_denoiser",
 ]

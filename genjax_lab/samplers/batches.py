@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
-from genjax_lab.parallel import to_host
 from genjax_lab.samplers.base import SampleInfo, Sampler, sample
 
 
@@ -87,3 +87,10 @@ def sample_batches(
                 current = following
 
     return batches()
+
+
+def to_host(array: Any) -> Any:
+    """An array as numpy, of all processes' parts; these must all call it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

@@ -259,6 +259,9 @@ def test_a_reward_of_ones_own_sees_questions_and_texts(base, first_rollout):
         return [float(text == problem.gold) - 0.125 * len(text) for problem, text in pairs]
 
     config = negative_aware(str(base))
+    with pytest.raises(ValueError, match="method='nft' learns without a reward"):
+        reasoning.build(config, reward=reward)
+    config.method = "grpo"
     experiment = reasoning.build(config, reward=reward)
     for batch, plain in zip(rollout_of(config, experiment), first_rollout, strict=True):
         np.testing.assert_array_equal(batch["group_rate"], plain["group_rate"])
@@ -529,6 +532,7 @@ def change_of(config, path, value):
         ("steps_per_call", 4, r"steps_per_call=4 .*minibatches epochs = 2"),
         ("rollout.epochs", 2, r"steps_per_call=2 .*minibatches epochs = 4"),
         ("rollout.num_samples", 1, "num_samples=1"),
+        ("reward.signed", True, "learns from outcomes"),
         ("rollout.temperature", 0.0, "temperature=0.0 must be positive"),
         ("rollout.num_sample", 4, "rollout does not fit"),
         ("method", "ppo", r"method is 'ppo', not 'sft' or in \['dapo'"),

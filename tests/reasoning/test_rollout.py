@@ -455,6 +455,7 @@ def test_every_row_of_a_batch_carries_the_statistics():
         ({"max_batches": 0}, "max_batches"),
         ({"num_samples": 1}, "num_samples=1"),
         ({"minibatches": 3}, r"num_groups=4 a multiple of minibatches=3"),
+        ({"rate": "histroy"}, "rate is 'histroy', not in"),
         ({"history_decay": 1.5}, "history_decay=1.5"),
         ({"bucket": 0}, "bucket=0"),
     ],
@@ -517,6 +518,33 @@ def test_rates_of_a_history_forget_by_the_decay_and_survive_a_restart():
     np.testing.assert_allclose(
         fresh["group_rate"], np.repeat(fresh["outcome"].reshape(2, 4).mean(axis=1), 4), rtol=1e-6
     )
+
+
+def test_answers_to_a_question_that_is_asked_twice_are_all_of_one_rollout():
+    """None of them is forgotten, so that a question with right answers has no rate of 0."""
+    fields = {"rate": "history", "history_decay": 0.0, "num_groups": 3, "batch_questions": 1}
+    rollouts = stream(threshold_task([5]), **fields, truncated_is_wrong=False)
+    for _ in range(3):
+        batch = next(rollouts)
+        answers = rollouts.get_state()["history"][0][2]
+        assert answers >= 12  # those of questions that were not kept, too
+        rate = np.unique(batch["group_rate"])
+        assert len(rate) == 1 and 0 < rate[0] < 1
+        right = round(float(rate[0]) * answers)
+        assert rate[0] == pytest.approx(right / answers, rel=1e-6)
+        assert right >= batch["outcome"].sum()
+
+
+def test_carried_questions_have_a_history_when_it_begins_to_be_kept():
+    fields = {"num_groups": 2, "batch_questions": 9, "carry_over": True}
+    before = stream(threshold_task(MIXED), **fields)
+    next(before)
+    assert before.get_state()["carried"] and not before.get_state()["history"]
+    after = stream(threshold_task(MIXED), **fields, rate="history")
+    after.set_state(before.get_state())
+    batch = next(after)
+    outcome = batch["outcome"].reshape(2, 4)
+    np.testing.assert_allclose(batch["group_rate"][::4], outcome.mean(axis=1), rtol=1e-6)
 
 
 def short(variables, key, prompts, mask, *, num_samples):
