@@ -17,7 +17,11 @@ from quick_compilation import program_environment
 
 ROOT = Path(__file__).parents[1]
 _DOMAINS = ("images", "next_scale", "reasoning", "self_play", "text", "tokenizer")
-_PRELOADED = ["matplotlib.pyplot", *(f"experiments.{name}" for name in _DOMAINS)]
+_PRELOADED = [
+    "quick_collection",
+    "matplotlib.pyplot",
+    *(f"experiments.{name}" for name in _DOMAINS),
+]
 
 
 class Ended(NamedTuple):
