@@ -11,6 +11,7 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,16 +35,32 @@ class Ended(NamedTuple):
 
 
 class Program:
-    """A running program: a module of `experiments`, or a script by its path."""
+    """A running program: a module of `experiments`, or a script by its path.
 
-    def __init__(self, program: str | Path, *arguments: str):
+    With `group`, it leads a process group of its own when this returns.
+    """
+
+    def __init__(
+        self,
+        program: str | Path,
+        *arguments: str,
+        directory: str | Path = ROOT,
+        group: bool = False,
+    ):
         self._directory = tempfile.TemporaryDirectory()
         self._files = [str(Path(self._directory.name) / name) for name in ("stdout", "stderr")]
         self._told = f"{program} {arguments}"
         self._process = _server().Process(
-            target=_run, args=(program, arguments, program_environment(), self._files)
+            target=_run,
+            args=(program, arguments, program_environment(), str(directory), group, self._files),
         )
         self._process.start()
+        while group and self.is_running() and os.getpgid(self.pid) != self.pid:
+            time.sleep(0.001)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def is_running(self) -> bool:
         return self._process.is_alive()
@@ -83,13 +100,20 @@ def _server() -> multiprocessing.context.BaseContext:
 
 
 def _run(
-    program: str | Path, arguments: tuple[str, ...], environment: dict[str, str], files: list[str]
+    program: str | Path,
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    directory: str,
+    group: bool,
+    files: list[str],
 ) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(directory)
+    if group:
+        os.setpgid(0, 0)
     sys.path.insert(0, str(ROOT))
     try:
         if isinstance(program, Path):
