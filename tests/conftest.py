@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 
+import quick_collection  # noqa: F401
 from quick_compilation import xla_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

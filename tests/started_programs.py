@@ -1,8 +1,9 @@
-"""Programs of `experiments`, forked from a process that has imported their libraries already.
+"""Programs of `experiments` and of tests, forked from a process that has imported their libraries.
 
 Importing takes longer than many of them do; nothing is computed before the fork.
 """
 
+import atexit
 import functools
 import multiprocessing
 import multiprocessing.forkserver
@@ -10,6 +11,7 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,11 @@ from quick_compilation import program_environment
 
 ROOT = Path(__file__).parents[1]
 _DOMAINS = ("images", "next_scale", "reasoning", "self_play", "text", "tokenizer")
-_PRELOADED = ["matplotlib.pyplot", *(f"experiments.{name}" for name in _DOMAINS)]
+_PRELOADED = [
+    "quick_collection",
+    "matplotlib.pyplot",
+    *(f"experiments.{name}" for name in _DOMAINS),
+]
 
 
 class Ended(NamedTuple):
@@ -28,21 +34,55 @@ class Ended(NamedTuple):
     stderr: str
 
 
+class Program:
+    """A running program: a module of `experiments`, or a script by its path.
+
+    With `group`, it leads a process group of its own when this returns.
+    """
+
+    def __init__(
+        self,
+        program: str | Path,
+        *arguments: str,
+        directory: str | Path = ROOT,
+        group: bool = False,
+    ):
+        self._directory = tempfile.TemporaryDirectory()
+        self._files = [str(Path(self._directory.name) / name) for name in ("stdout", "stderr")]
+        self._told = f"{program} {arguments}"
+        self._process = _server().Process(
+            target=_run,
+            args=(program, arguments, program_environment(), str(directory), group, self._files),
+        )
+        self._process.start()
+        while group and self.is_running() and os.getpgid(self.pid) != self.pid:
+            time.sleep(0.001)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self, returncode: int | None = 0) -> Ended:
+        """Waits for its end; an AssertionError if that is another, unless any will do (None)."""
+        self._process.join(timeout=900)
+        if self._process.exitcode is None:
+            self._process.kill()
+        told = [Path(file).read_text() if Path(file).exists() else "" for file in self._files]
+        self._directory.cleanup()
+        ended = Ended(self._process.exitcode, *told)
+        assert returncode in (None, ended.returncode), f"{self._told}: {ended.stderr[-3000:]}"
+        return ended
+
+
 def start(module: str, *arguments: str, check: bool = True) -> Ended:
     """Runs a program to its end; if it fails and `check` says so, an AssertionError."""
-    with tempfile.TemporaryDirectory() as directory:
-        files = [str(Path(directory) / name) for name in ("stdout", "stderr")]
-        process = _server().Process(
-            target=_run, args=(module, arguments, program_environment(), files)
-        )
-        process.start()
-        process.join(timeout=900)
-        if process.exitcode is None:
-            process.kill()
-        told = [Path(file).read_text() if Path(file).exists() else "" for file in files]
-    ended = Ended(process.exitcode, *told)
-    assert not check or ended.returncode == 0, f"{module} {arguments}: {ended.stderr[-3000:]}"
-    return ended
+    return Program(module, *arguments).end(0 if check else None)
 
 
 @functools.cache
@@ -60,14 +100,30 @@ def _server() -> multiprocessing.context.BaseContext:
 
 
 def _run(
-    module: str, arguments: tuple[str, ...], environment: dict[str, str], files: list[str]
+    program: str | Path,
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    directory: str,
+    group: bool,
+    files: list[str],
 ) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(directory)
+    if group:
+        os.setpgid(0, 0)
     sys.path.insert(0, str(ROOT))
-    sys.argv = [module, *arguments]
-    sys.orig_argv = [sys.executable, "-m", f"experiments.{module}", *arguments]
-    runpy.run_module(f"experiments.{module}", run_name="__main__", alter_sys=True)
+    try:
+        if isinstance(program, Path):
+            sys.argv = [str(program), *arguments]
+            sys.orig_argv = [sys.executable, *sys.argv]
+            sys.path.insert(0, str(program.parent))
+            runpy.run_path(str(program), run_name="__main__")
+        else:
+            sys.argv = [program, *arguments]
+            sys.orig_argv = [sys.executable, "-m", f"experiments.{program}", *arguments]
+            runpy.run_module(f"experiments.{program}", run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out

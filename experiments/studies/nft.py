@@ -193,13 +193,16 @@ def _identity(network: networks.Decoder, variables: Any) -> dict[str, float]:
     group = objectives.group_statistics(outcome, jnp.arange(64) // 8)
     mask = jnp.ones((64, 5), bool)
 
-    def gradient(loss):
-        def value(variables):
-            log_probs, _ = network.apply(variables, tokens, start=3, method="log_probs")
-            old = jax.lax.stop_gradient(log_probs)
-            return loss(log_probs, old, mask, outcome, group, aggregation="token-mean")[0]
+    log_probs, pull_back = jax.vjp(
+        jax.jit(lambda v: network.apply(v, tokens, start=3, method="log_probs")[0]), variables
+    )
+    through = jax.jit(lambda cotangent: jax.flatten_util.ravel_pytree(pull_back(cotangent))[0])
 
-        return jax.flatten_util.ravel_pytree(jax.grad(value)(variables))[0]
+    def gradient(loss):
+        def value(new):
+            return loss(new, log_probs, mask, outcome, group, aggregation="token-mean")[0]
+
+        return through(jax.jit(jax.grad(value))(log_probs))
 
     grpo = gradient(functools.partial(objectives.grpo_loss, std="population"))
     dr_grpo = gradient(objectives.dr_grpo_loss)

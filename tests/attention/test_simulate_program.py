@@ -1,21 +1,13 @@
 """The simulator as a program."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from started_programs import start
 
 HUNYUAN = ["--grid=30,48,80", "--window=18,24,24", "--tiles=4x8x8/2x8x8,2x8x8/2x8x8"]
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.simulate_attention", *arguments],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
+    return start("simulate_attention", *arguments, check=False)
 
 
 def test_it_finds_strides():

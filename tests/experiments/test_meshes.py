@@ -2,22 +2,18 @@
 
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from quick_compilation import program_environment
+from started_programs import Program
 
 import experiments
 from configs import digits_edm, mnist5k_dit, mnist5k_edm
 from genjax_lab.parallel import global_batch, make_mesh
 from genjax_lab.training import make_train_step, read_metrics, restore, train
 
-ROOT = Path(__file__).parents[2]
 # Wide enough for the rules to split the kernels, which have 2^14 elements.
 SETTINGS = {
     "num_steps": 24,
@@ -85,23 +81,11 @@ def test_run_on_eight_devices_is_that_on_one(tmp_path, cache, one_device, sizes)
 
 def start(workdir, cache, *arguments):
     flags = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "experiments.train", "--config=configs/digits_edm.py"),
-            *(f"--workdir={workdir}", f"--config.evaluation.cache_dir={cache}", *flags),
-            *arguments,
-        ],
-        cwd=ROOT,
-        env=program_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    return Program(
+        *("train", "--config=configs/digits_edm.py"),
+        *(f"--workdir={workdir}", f"--config.evaluation.cache_dir={cache}", *flags),
+        *arguments,
     )
-
-
-def finish(process, status=0):
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == status, errors[-3000:]
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path, cache, one_device):
@@ -119,7 +103,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, cache, one_device):
         for index in range(2)
     ]
     for process in both:
-        finish(process)
+        process.end()
     np.testing.assert_allclose(losses(tmp_path), losses(workdir), atol=1e-5)
     np.testing.assert_allclose(distances(tmp_path), distances(workdir), rtol=1e-2)
     jax.tree.map(
@@ -132,14 +116,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path, cache, one_device):
 def test_killed_run_goes_on_to_the_same_bits(tmp_path, cache):
     """With the data loader, the real network and evaluation, killed between two checkpoints."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(whole, cache))
+    start(whole, cache).end()
     process = start(broken, cache)
-    while not (broken / "checkpoints/8").exists() and process.poll() is None:
+    while not (broken / "checkpoints/8").exists() and process.is_running():
         time.sleep(0.001)
     process.kill()
-    finish(process, -signal.SIGKILL)
+    process.end(-signal.SIGKILL)
     assert not (broken / "checkpoints/24").exists()
-    finish(start(broken, cache))
+    start(broken, cache).end()
 
     a, b = restore(whole), restore(broken)
     assert a.iterators == b.iterators

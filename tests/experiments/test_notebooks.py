@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import ipykernel_launcher
 import nbclient
 import nbformat
 import pytest
-from quick_compilation import xla_flags
+from jupyter_client.provisioning import local_provisioner
+from started_programs import Program
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "notebooks"
 SMALL = {
@@ -30,13 +32,31 @@ NUM_PICTURES = {
 }
 
 
+class Kernel(Program):
+    """What jupyter_client asks of a kernel's process, for one that is forked and has one device."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command, *, cwd, **keywords):
+        arguments = command[command.index("ipykernel_launcher") + 1 :]
+        # Matplotlib has been imported before the kernel could choose its way to show pictures.
+        launcher = Path(ipykernel_launcher.__file__)
+        super().__init__(launcher, *arguments, "--matplotlib=inline", directory=cwd, group=True)
+
+    def poll(self):
+        return None if self.is_running() else self._process.exitcode
+
+    def wait(self):
+        return self.end(None).returncode
+
+
 def test_every_notebook_is_tested():
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(SMALL)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", xla_flags())  # one device
+    monkeypatch.setattr(local_provisioner, "launch_kernel", Kernel)
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     (parameters,) = [
         cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])

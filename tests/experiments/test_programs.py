@@ -1,17 +1,12 @@
 """The three programs, as a user starts them: train, evaluate and sample from the path alone."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from quick_compilation import program_environment
 from started_programs import start
 
-ROOT = Path(__file__).parents[2]
 SMALL = [
     "--config.num_steps=20",
     "--config.steps_per_call=10",
@@ -30,13 +25,7 @@ def run(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("run")
     arguments = ("--config=configs/digits_edm.py", f"--workdir={workdir}")
     arguments += (f"--config.evaluation.cache_dir={cache}", *SMALL)
-    subprocess.run(
-        [sys.executable, "-m", "experiments.train", *arguments],
-        cwd=ROOT,
-        env=program_environment(),
-        check=True,
-        timeout=600,
-    )
+    start("train", *arguments)
     return workdir
 
 

@@ -2,17 +2,14 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
 import optax
 import pytest
-from quick_compilation import program_environment
+from started_programs import Program, start
 
 import experiments
 from configs import digits_ddo, digits_edm
@@ -20,7 +17,6 @@ from experiments import self_play
 from experiments.recorded_reference import on_recorded_draws
 from genjax_lab.training import restore, train
 
-ROOT = Path(__file__).parents[2]
 SMALL = {
     "rounds": 2,
     "num_fakes": 96,
@@ -56,53 +52,36 @@ def base(tmp_path_factory, cache):
     return workdir
 
 
-def start(module, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", f"experiments.{module}", *arguments],
-        cwd=ROOT,
-        env=program_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def play(base, workdir):
     flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
-    return start(
+    return Program(
         "train",
         *("--config=configs/digits_ddo.py", f"--config.base={base}", f"--workdir={workdir}"),
         *flags,
     )
 
 
-def finish(process, status=0):
-    output, errors = process.communicate(timeout=500)
-    assert process.returncode == status, errors[-3000:]
-    return output
-
-
 def test_rounds_leave_a_run_that_is_evaluated_and_sampled_from_its_path(base, tmp_path):
-    finish(play(base, tmp_path))
+    play(base, tmp_path).end()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "1", "2"]
     result = json.loads((tmp_path / "round_2/result.json").read_text())
     assert len(result["table"]) == 2 * len(digits_ddo.get_config().alpha)
     first = restore(base).state.variables("ema")
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, 0).state.variables("ema"), first)
 
-    finish(start("evaluate", f"--checkpoint={tmp_path}", "--step=best", "--num=48"))
+    start("evaluate", f"--checkpoint={tmp_path}", "--step=best", "--num=48")
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     fresh = [restore(tmp_path, step).metrics["frechet"] for step in range(3)]
     assert evaluation["step"] == int(np.argmin(fresh))
     # Killed in the middle of a round, the same command ends with the same bits.
     broken = tmp_path / "broken"
     process = play(base, broken)
-    while not (broken / "round_2/pool/manifest.json").exists() and process.poll() is None:
+    while not (broken / "round_2/pool/manifest.json").exists() and process.is_running():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    finish(process, -signal.SIGKILL)
+    process.kill()
+    process.end(-signal.SIGKILL)
     assert not (broken / "checkpoints/2").exists()
-    finish(play(base, broken))
+    play(base, broken).end()
     trees = [restore(directory).state.params for directory in (tmp_path, broken)]
     jax.tree.map(np.testing.assert_array_equal, *trees)
     texts = [(directory / "round_2/result.json").read_text() for directory in (tmp_path, broken)]

@@ -1,12 +1,10 @@
 """Sampling on a mesh that spans processes gives the samples of one process."""
 
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-from quick_compilation import program_environment
+from started_programs import Program
 
 PROGRAM = Path(__file__).with_name("draw_in_processes.py")
 
@@ -15,15 +13,9 @@ def draw(count, out):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = program_environment() | {"PYTHONPATH": str(PROGRAM.parents[2])}
-    members = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(index), str(count), str(port), str(out)],
-            env=environment,
-        )
-        for index in range(count)
-    ]
-    assert [member.wait(timeout=300) for member in members] == [0] * count
+    members = [Program(PROGRAM, *map(str, (index, count, port, out))) for index in range(count)]
+    for member in members:
+        member.end()
     return np.load(out)
 
 

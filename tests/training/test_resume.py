@@ -3,36 +3,21 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_experiment
-from quick_compilation import program_environment
+from started_programs import Program
 
 from genjax_lab.training import read_metrics, restore, train
 
 SCRIPT = Path(__file__).with_name("run_tiny_experiment.py")
-ROOT = SCRIPT.parents[2]
 
 
 def launch(*arguments):
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env=program_environment() | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process, status):
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == status, errors[-3000:]
-    return errors
+    return Program(SCRIPT, *map(str, arguments))
 
 
 def rows_without_time(directory):
@@ -47,21 +32,21 @@ def test_killed_and_restarted_run_is_bit_identical_to_an_uninterrupted_one(tmp_p
     broken = tmp_path / "broken"
     steps = broken / "checkpoints"
 
-    finish(launch(broken, "--die=step:13"), -signal.SIGKILL)
+    launch(broken, "--die=step:13").end(-signal.SIGKILL)
     assert {path.name for path in steps.iterdir()} == {"8"}
-    finish(launch(broken, "--die=save:16"), -signal.SIGKILL)
+    launch(broken, "--die=save:16").end(-signal.SIGKILL)
     # The save was cut off: what there is of it does not pass for a checkpoint.
     assert any(path.name.startswith("16.orbax") for path in steps.iterdir())
     assert not (steps / "16").exists()
-    finish(launch(broken, "--die=evaluation:24"), -signal.SIGKILL)
+    launch(broken, "--die=evaluation:24").end(-signal.SIGKILL)
     assert (steps / "16").exists() and not (steps / "24").exists()
     # SIGTERM arrives while a step runs after which an evaluation is due.
-    errors = finish(launch(broken, "--die=sigterm:31"), 128 + signal.SIGTERM)
+    errors = launch(broken, "--die=sigterm:31").end(128 + signal.SIGTERM).stderr
     assert "step 32 of 40" in errors and "run_tiny_experiment.py" in errors
     assert (steps / "32").exists()
-    finish(launch(broken), 0)
+    launch(broken).end()
 
-    finish(whole, 0)
+    whole.end()
     with np.load(tmp_path / "whole/final.npz") as a, np.load(broken / "final.npz") as b:
         assert a.files == b.files and len(a.files) > 10
         for name in a.files:
@@ -104,12 +89,12 @@ def test_two_processes_give_the_losses_of_one_and_stop_together(tmp_path, refere
     # Only one of them hears SIGTERM, but both stop at the same step, after saving it together.
     both = launch_both("fsdp=2", die=("never:0", "sigterm:21"))
     for process in both:
-        finish(process, 128 + signal.SIGTERM)
+        process.end(128 + signal.SIGTERM)
     stopped = restore(tmp_path)
     assert 22 <= stopped.step < 40 and len(stopped.iterators) == 2
 
     for process in launch_both("data=2"):
-        finish(process, 0)
+        process.end()
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for name in ("loss", "worst", "grad_norm", "eval/error"):

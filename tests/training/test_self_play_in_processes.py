@@ -1,15 +1,12 @@
 """A round that two processes play together is the round of one."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import tiny_self_play
-from quick_compilation import program_environment
+from started_programs import Program
 
 from genjax_lab.training import read_metrics, restore, run_self_play
 
@@ -20,22 +17,13 @@ def play_together(count, workdir):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    path = os.pathsep.join([str(PROGRAM.parents[2]), os.environ.get("PYTHONPATH", "")])
-    members = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(index), str(count), str(port), str(workdir)],
-            env=program_environment() | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
+    members = [Program(PROGRAM, *map(str, (index, count, port, workdir))) for index in range(count)]
     try:
-        errors = [member.communicate(timeout=300)[1] for member in members]
+        for member in members:
+            member.end()
     finally:
         for member in members:
             member.kill()
-    assert [member.returncode for member in members] == [0] * count, errors[0][-3000:]
     return [json.loads((workdir / f"report_{index}.json").read_text()) for index in range(count)]
 
 
