@@ -155,15 +155,14 @@ def build(
       reward: one's own reward of policy gradients, in place of `config.reward`; likewise.
 
     Raises:
-      ValueError: if a name is unknown, or arguments or numbers do not fit; if a reward is given to a
-        method that takes none.
+      ValueError: if a name is unknown, or arguments or numbers do not fit; if a reward is given to
+        a method that takes none.
     """
     questions = Questions(config)
     if task is not None:
         questions.task = task
-    if reward is not None and not (
-        config.method in METHODS and METHODS[config.method].takes_reward
-    ):
+    takes_reward = config.method in METHODS and METHODS[config.method].takes_reward
+    if reward is not None and not takes_reward:
         raise ValueError(f"config.method={config.method!r} learns without a reward, but got one")
     network = make_network(config, questions)
     judge = AnswerJudge(config, network, questions)
