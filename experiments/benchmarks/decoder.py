@@ -323,6 +323,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     quiet_libraries()
+    if _BATCH.value % MICROBATCHES:
+        raise app.UsageError(f"--batch_size must be a multiple of {MICROBATCHES}")
     result: dict[str, Any] = {
         "command": shown_command("benchmarks.decoder"),
         "device": jax.devices()[0].device_kind,
