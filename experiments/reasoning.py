@@ -309,11 +309,12 @@ def settings_of(config: ml_collections.ConfigDict) -> reasoning.RolloutSettings:
             "are trained at the temperature at which they were drawn"
         )
     aggregation = config.objective.get("aggregation") or method_of(config).aggregation
-    one_term = config.method in ("nft", "rft") and config.objective.get("ratio", "token") != "token"
+    ratio = config.objective.get("ratio") or "token"
+    one_term = config.method in ("nft", "rft") and ratio != "token"
     if one_term and "token-mean" in aggregation:
         raise ValueError(
             f"config.objective.aggregation={aggregation!r} divides by numbers of tokens, but with "
-            f"config.objective.ratio={config.objective.ratio!r} an answer has one term"
+            f"config.objective.ratio={ratio!r} an answer has one term"
         )
     try:
         settings = reasoning.RolloutSettings(
