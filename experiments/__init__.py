@@ -1,6 +1,7 @@
 """Launch, evaluate and sample: one program each, for every experiment; one builder per domain."""
 
 import ast
+import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -121,6 +122,11 @@ def _change(config: ml_collections.ConfigDict, change: str) -> None:
     try:
         if not equals:
             raise KeyError(name)
+        *path, leaf = name.split(".")
+        parent = functools.reduce(lambda fields, part: fields[part], path, config)
+        # What is made by its name takes arguments that a config need not have listed.
+        if leaf not in parent and "name" not in parent:
+            raise KeyError(f"there is no {name}, but {sorted(parent)}")
         config.update_from_flattened_dict({name: value})
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(

@@ -6,9 +6,9 @@
 The second evaluates what training would begin with, such as published weights, on the config's mesh
 (with less than it names, --config.mesh.fsdp=1 --config.mesh.tensor=1).
 
-As papers do, the metrics are computed for several ranges of seeds, of which the minimum is
-reported; the value of fresh seeds, on which nothing was chosen, stands beside it. Writes
-<checkpoint>/evaluation.json.
+The metrics are computed for several ranges of seeds. Of Frechet distances the minimum is reported,
+as papers do, of others the mean; the value of fresh seeds, on which nothing was chosen, stands
+beside it, and for intervals alone. Writes <checkpoint>/evaluation.json.
 """
 
 import json
@@ -19,7 +19,7 @@ import jax
 import ml_collections
 from absl import app, flags
 
-from experiments.chosen_model import CHECKPOINT, chosen_model
+from experiments.chosen_model import CHANGES, CHECKPOINT, chosen_model
 from experiments.launch import connect, quiet_libraries
 from genjax_lab import evaluation
 
@@ -53,6 +53,10 @@ def main(argv: list[str]) -> None:
     ]
     source = CHECKPOINT.value or restored.config.get("base")
     result = {"checkpoint": source, "step": restored.step, "num_samples": num}
+    if "sampler" in restored.config:
+        result["sampler"] = restored.config["sampler"]
+    if CHANGES.value:
+        result["set"] = CHANGES.value
     # The length of right answers, say, is told only where there are some.
     for metric in (name for name in values[0] if all(name in value for value in values)):
         by_range = dict(zip(ranges, (value[metric] for value in values), strict=True))
@@ -60,7 +64,8 @@ def main(argv: list[str]) -> None:
         if metric == "frechet":
             result |= evaluation.seed_range_summary(by_range, fresh, metric=metric)
         elif metric != "num_samples":  # a minimum would be the worst of these
-            result[f"{metric}_mean"] = statistics.fmean(by_range.values())
+            if not metric.endswith(("_low", "_high")):  # a mean of intervals is none
+                result[f"{metric}_mean"] = statistics.fmean(by_range.values())
             result[f"{metric}_fresh"] = fresh[ranges[-1]]
     if jax.process_index() == 0:
         out = Path(_OUT.value or Path(CHECKPOINT.value) / "evaluation.json")

@@ -2,8 +2,11 @@
 
 Beside the loop's fields (`genjax_lab.training.default_config`) a config has
 
-  task        name in genjax_lab.reasoning (digit_sum, addition, countdown, jsonl) and its arguments
-  tokenizer   path of a tokenizer.json and its end tokens, for tasks without an alphabet
+  task        name in genjax_lab.reasoning (digit_sum, addition, countdown, jsonl) and arguments;
+              those of jsonl are path, test_path, template (around "{problem}") and verifier
+              ("equivalence" or "strict")
+  tokenizer   path of a tokenizer.json and its end_tokens, for tasks without an alphabet; that of
+              single characters is `reasoning.character_codec(...).tokenizer`, its end "<end>"
   prompt_length, answer_length   of arrays, in tokens
   network     name in genjax_lab.networks and its arguments, beside vocab_size
   base        where training begins: directory of a run of this domain, or of a Hugging Face model
@@ -20,9 +23,20 @@ Beside the loop's fields (`genjax_lab.training.default_config`) a config has
 
 Every call of the step is one rollout: batch_size = num_groups num_samples / minibatches and
 steps_per_call = minibatches epochs.
+
+The log has, beside what the loss reports (`nft_loss`, `clipped_policy_loss`), of each rollout
+
+  rollout_accuracy, rollout_truncated        shares of all answers
+  rollout_kept                               share of questions asked that are useful
+  rollout_length_right, rollout_length_wrong in tokens, of answers that are kept
+  rollout_tokens_per_kept                    tokens generated for one that is kept
+  rollout_utilisation                        share of the sampler's slot steps that gave a token
+  ledger/...                                 what all rollouts so far have cost, see `Ledger`
 """
 
 import functools
+import inspect
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,11 +70,12 @@ class Method(NamedTuple):
     aggregation: str
     takes_weights: bool = True
     takes_reward: bool = True
+    takes_rate: bool = False
 
 
 METHODS = {
-    "nft": Method(objectives.nft_loss, "token-sum-const", takes_reward=False),
-    "rft": Method(objectives.rft_loss, "token-sum-const", takes_reward=False),
+    "nft": Method(objectives.nft_loss, "token-sum-const", takes_reward=False, takes_rate=True),
+    "rft": Method(objectives.rft_loss, "token-sum-const", takes_reward=False, takes_rate=True),
     "grpo": Method(objectives.grpo_loss, "seq-mean-token-mean"),
     "dr_grpo": Method(objectives.dr_grpo_loss, "seq-mean-token-sum-norm"),
     "dapo": Method(objectives.dapo_loss, "token-mean"),
@@ -195,8 +210,12 @@ def initial_variables(
 ) -> Mapping[str, Any]:
     """Those of `config.base`, or random ones."""
     if not config.get("base"):
+        if config.method != "sft":
+            logging.warning("config.base is missing: the model begins with random weights")
         return jax.jit(network.init)(key, jnp.zeros((1, 2), jnp.int32))
     base = Path(config.base)
+    if not base.is_dir():
+        raise ValueError(f"config.base={config.base!r} is not a directory")
     if (base / "config.json").exists() and not (base / "checkpoints").exists():
         mesh = make_mesh(**config.mesh)
         found, variables = pretrained.qwen2.load(base, scan=network.scan, mesh=mesh)
@@ -270,7 +289,21 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
     try:
         jax.eval_shape(loss, values, values, mask, outcome, group)
     except TypeError as error:
-        raise ValueError(f"config.objective does not fit {name!r}: {error}") from error
+        raise ValueError(
+            f"config.objective does not fit {name!r}: {error}. It takes {_options_of(name)}"
+        ) from error
+
+
+def _options_of(name: str) -> list[str]:
+    """Arguments of a method's loss that configs may have."""
+    functions = [METHODS[name].loss]
+    if METHODS[name].takes_reward:
+        functions.append(objectives.clipped_policy_loss)
+    if METHODS[name].takes_rate:
+        functions.append(objectives.nft_loss)
+    parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+    names = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return sorted(names - {"weights", "importance"})
 
 
 def method_of(config: ml_collections.ConfigDict) -> Method:
@@ -288,6 +321,13 @@ def method_of(config: ml_collections.ConfigDict) -> Method:
         raise ValueError(
             f"config.method={config.method!r} learns from outcomes, it has no config.reward"
         )
+    if not method.takes_rate and config.rollout.get("rate", "mean") != "mean":
+        raise ValueError(
+            f"config.method={config.method!r} does not look at rates, of which config.rollout.rate="
+            f"{config.rollout.rate!r} is an estimate"
+        )
+    if config.method == "rft" and config.objective.get("negative_weight"):
+        raise ValueError("config.objective.negative_weight is 0 for 'rft'; it is that of 'nft'")
     if not method.takes_weights and config.accumulation_steps > 1:
         raise ValueError(
             f"config.method={config.method!r} compares answers with each other, so batches cannot "
@@ -315,6 +355,12 @@ def settings_of(config: ml_collections.ConfigDict) -> reasoning.RolloutSettings:
         raise ValueError(
             f"config.objective.aggregation={aggregation!r} divides by numbers of tokens, but with "
             f"config.objective.ratio={ratio!r} an answer has one term"
+        )
+    buffer = config.reward.overlong_buffer
+    if not 0 <= buffer <= config.answer_length:
+        raise ValueError(
+            f"config.reward.overlong_buffer={buffer} must be in [0, config.answer_length="
+            f"{config.answer_length}]"
         )
     try:
         settings = reasoning.RolloutSettings(

@@ -46,7 +46,7 @@ def pass_at_k(
     for i in range(k):
         # Where n - c < k a factor is 0 or below: the product is 0.
         log_fail += np.log1p(-np.minimum(c, n - i - 1) / (n - i))
-    return np.where(n - c < k, 1.0, -np.expm1(log_fail))
+    return np.where(n - c < k, 1.0, 0.0 - np.expm1(log_fail))  # not -0
 
 
 def avg_at_k(outcomes: Bool[np.ndarray, "questions samples"]) -> float:

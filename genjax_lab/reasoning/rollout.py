@@ -146,8 +146,7 @@ def collect_groups(
             f"num_groups={num_groups} and max_batches={max_batches} must be positive, and "
             f"strategy={strategy!r} one of {STRATEGIES}"
         )
-    if band is not None and not 0 <= band[0] < band[1] <= 1:
-        raise ValueError(f"band={band} must be two increasing numbers in [0, 1]")
+    check_band(band)
     useful, useless, ledger = list(carried), [], Ledger()
     while len(useful) < num_groups and ledger.batches < max_batches:
         if strategy == "replace" and ledger.batches:
@@ -168,11 +167,22 @@ def collect_groups(
     if len(groups) < num_groups:
         raise ValueError(
             f"only {len(useful)} of num_groups={num_groups} questions had both right and wrong "
-            f"answers in {ledger.batches} batches of {ledger.questions // ledger.batches}: "
-            f"{ledger.right} of {ledger.answers} answers were right. Ask more at a time, allow "
-            "more batches (max_batches), or begin with a model that is neither so good nor so bad"
+            f"answers{_inside(band)} in {ledger.batches} batches of "
+            f"{ledger.questions // ledger.batches}: {ledger.right} of {ledger.answers} answers "
+            "were right. Ask more at a time, allow more batches (max_batches), widen the band if "
+            "it is narrow, or begin with a model that is neither so good nor so bad"
         )
     return Collected(groups, left_over, ledger)
+
+
+def check_band(band: tuple[float, float] | None) -> None:
+    """Raises a ValueError unless a band is None or two increasing numbers in [0, 1]."""
+    if band is not None and not (len(band) == 2 and 0 <= band[0] < band[1] <= 1):
+        raise ValueError(f"band={band} must be two increasing numbers in [0, 1]")
+
+
+def _inside(band: tuple[float, float] | None) -> str:
+    return "" if band in (None, (0.0, 1.0)) else f", at a rate in band={band},"
 
 
 def _rate(outcome: Float[np.ndarray, "answers"]) -> float:

@@ -15,12 +15,14 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from genjax_lab.data.batch_order import BatchOrder
-from genjax_lab.objectives import answer_batch, group_statistics, importance_weights
+from genjax_lab.objectives import AGGREGATIONS, answer_batch, group_statistics, importance_weights
 from genjax_lab.reasoning.problems import Problem, Task
 from genjax_lab.reasoning.rollout import (
+    STRATEGIES,
     AnsweredProblem,
     Collected,
     Ledger,
+    check_band,
     collect_groups,
 )
 from genjax_lab.reasoning.tokens import Codec
@@ -102,8 +104,14 @@ class RolloutSettings(NamedTuple):
                 f"num_samples={self.num_samples} must be at least 2, and num_groups="
                 f"{self.num_groups} a multiple of minibatches={self.minibatches}"
             )
-        if self.rate not in RATES:
-            raise ValueError(f"rate is {self.rate!r}, not in {RATES}")
+        for name, known in (
+            ("rate", RATES),
+            ("strategy", STRATEGIES),
+            ("aggregation", AGGREGATIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not in {known}")
+        check_band(self.band)
         if not 0 <= self.history_decay <= 1 or (self.bucket is not None and self.bucket < 1):
             raise ValueError(
                 f"history_decay={self.history_decay} must be in [0, 1], and bucket={self.bucket} "
@@ -368,7 +376,7 @@ class AnswerStream:
                 rows["answer_mask"].sum(axis=1),
                 rows["truncated"],
             )
-            reward = _of_first_process(lambda: self._reward(judged), len(judged.outcome))
+            reward = _of_first_process("reward", lambda: self._reward(judged), len(judged.outcome))
         if settings.rate == "history":
             records = [self._history[i] for i in rows["problem"].tolist()]
             estimate = {"rate": np.float32([r.right / r.count for r in records])}
@@ -491,15 +499,19 @@ def verified(task: Task, problems: Sequence, texts: Sequence[str]) -> np.ndarray
 
     A time limit may end otherwise in another, and all must go on alike.
     """
-    return _of_first_process(lambda: task.verify(problems, texts), len(texts))
+    return _of_first_process("task.verify", lambda: task.verify(problems, texts), len(texts))
 
 
-def _of_first_process(values: Callable[[], Any], count: int) -> Float[np.ndarray, "count"]:
+def _of_first_process(
+    name: str, values: Callable[[], Any], count: int
+) -> Float[np.ndarray, "count"]:
     found = np.zeros(count, np.float32)
     if jax.process_index() == 0:
         found = np.asarray(values(), np.float32)
         if found.shape != (count,):
-            raise ValueError(f"there must be {count} numbers, got an array {found.shape}")
+            raise ValueError(
+                f"{name} must give {count} numbers, one for each answer, got shape {found.shape}"
+            )
     if jax.process_count() > 1:
         found = np.asarray(multihost_utils.broadcast_one_to_all(found))
     return found

@@ -153,7 +153,7 @@ def autoregressive(
     an `AnswerReport`. A function evaluation is one step of all slots.
 
     Args:
-        decoder: the network.
+        decoder: the network, of `token_decoder`.
         prompts: tokens, left-padded.
         prompt_mask: False for padding; the last column is True everywhere. All True if None.
         length: most tokens of an answer.
@@ -167,6 +167,8 @@ def autoregressive(
     Raises:
         ValueError: if shapes, types or numbers do not fit.
     """
+    if not isinstance(decoder, TokenDecoder):
+        raise ValueError(f"decoder must come from token_decoder, got {type(decoder).__name__}")
     prompts, mask = _checked_prompts(prompts, prompt_mask, decoder.vocab_size)
     answers = len(prompts) * num_samples
     slots = answers if slots is None else slots
@@ -224,7 +226,7 @@ def generate(
     """Draws answers to prompts.
 
     Args:
-        decoder: the network.
+        decoder: the network, of `token_decoder`.
         key: a typed key; answer j to the prompt with id i uses fold_in(key, i num_samples + j).
         prompts, prompt_mask, length, end_ids, num_samples, slots: as of `autoregressive`.
         temperature, top_k, top_p, min_p: see `exact_categorical` and `logit_floor`.

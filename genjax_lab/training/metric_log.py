@@ -105,7 +105,8 @@ class MetricLog:
             self._file.flush()
         if self._events is not None:
             for name, value in metrics.items():
-                self._events.add_scalar(name, value, step)
+                if math.isfinite(value):
+                    self._events.add_scalar(name, value, step)
 
     def get_state(self) -> dict[str, Any]:
         """The unfinished row, as JSON values."""

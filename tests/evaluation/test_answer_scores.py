@@ -239,3 +239,7 @@ def test_a_question_that_is_asked_several_times_is_one_question():
     assert summary["num_questions"] == 2 and summary["avg_at_2"] == 0.75
     with pytest.raises(ValueError, match="names must be 4"):
         bootstrap_interval(values, names=["a"])
+
+
+def test_no_chance_is_not_less_than_none():
+    assert not np.signbit(pass_at_k(8, np.array([0, 1]), 4)).any()

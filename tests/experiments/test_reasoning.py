@@ -453,6 +453,13 @@ def test_evaluation_tells_what_all_ranges_of_seeds_have(base, tmp_path):
     found = json.loads((tmp_path / "e.json").read_text())
     assert 0 <= found["avg_at_4_mean"] <= 1 and found["mean_length_fresh"] > 1
     assert not {"mean_length_right_mean", "mean_length_wrong_mean"} <= set(found)
+    assert found["sampler"]["temperature"] == 1.0 and "set" not in found
+    assert "avg_at_4_low_fresh" in found and "avg_at_4_low_mean" not in found  # no interval
+    warm = (f"--checkpoint={base}", "--num=4", "--set=sampler.temperature=0.5")
+    start("evaluate", *warm, f"--out={tmp_path}/warm.json")
+    found = json.loads((tmp_path / "warm.json").read_text())
+    assert found["sampler"]["temperature"] == 0.5
+    assert found["set"] == ["sampler.temperature=0.5"]
 
 
 def test_metrics_and_seeds_may_be_chosen(restored):
@@ -535,6 +542,12 @@ def change_of(config, path, value):
         ("reward.signed", True, "learns from outcomes"),
         ("rollout.temperature", 0.0, "temperature=0.0 must be positive"),
         ("rollout.num_sample", 4, "rollout does not fit"),
+        ("rollout.band", (0.8, 0.2), r"band=\(0\.8, 0\.2\) must be two increasing"),
+        ("rollout.strategy", "wait", "strategy is 'wait', not in"),
+        ("objective.aggregation", "mean", "aggregation is 'mean', not in"),
+        ("objective.beta", 0.1, r"beta.* It takes .*'epsilon', .*'weighting'"),
+        ("reward.overlong_buffer", 99, "learns from outcomes"),
+        ("base", "nowhere", r"config\.base='nowhere' is not a directory"),
         ("method", "ppo", r"method is 'ppo', not 'sft' or in \['dapo'"),
         ("method", "online_dpo", "accumulation_steps must be 1"),
         ("task.name", "subtraction", r"task\.name is 'subtraction'"),
@@ -551,7 +564,32 @@ def test_mistakes_in_a_config_are_named(path, value, message):
     config = negative_aware(accumulation_steps=2 if value == "online_dpo" else 1)
     change_of(config, path, value)
     with pytest.raises(ValueError, match=message):
+        experiment = experiments.build(config)
+        experiment.batches(None)
+        experiment.init(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "value", "message"),
+    [
+        ("dapo", "rollout.rate", "history", "method='dapo' does not look at rates"),
+        ("dapo", "reward.overlong_buffer", 99, r"overlong_buffer=99 must be in \[0, .*=3\]"),
+        ("grpo", "objective.epsilon", 0.5, r"It takes .*'epsilon_high', 'epsilon_low'"),
+        ("rft", "objective.negative_weight", 0.5, "negative_weight is 0 for 'rft'"),
+        ("rft", "objective.beta", 0.5, "It takes .*'weighting'"),
+    ],
+)
+def test_switches_that_a_method_has_not_are_named(method, path, value, message):
+    config = negative_aware(method=method)
+    change_of(config, path, value)
+    with pytest.raises(ValueError, match=message):
         experiments.build(config).batches(None)
+
+
+@pytest.mark.parametrize("change", ["sampler.temprature=0.6", "evaluations.num_samples=4"])
+def test_changes_of_what_a_run_has_not_are_named(base, change):
+    with pytest.raises(ValueError, match="does not change the run's config"):
+        experiments.from_checkpoint(str(base), changes=[change])
 
 
 @pytest.mark.parametrize("name", ["kl_coefficient", "epsilon"])
