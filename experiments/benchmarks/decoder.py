@@ -14,6 +14,8 @@ once and in MICROBATCHES parts, each side its own. Beside it, of our own program
                32,768: all positions at once / some at a time
   prompts      operations of a prefill for 8 answers each / once
 
+Of the larger size only what SIZES_OF says: the rest takes many minutes there.
+
 Programs take turns in one process, after warm-up; the table has medians. Writes decoder.json.
 """
 
@@ -54,6 +56,7 @@ SIZES = {
     "tiny": {"width": 64, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 192},
     "small": {"width": 256, "depth": 4, "num_heads": 8, "num_kv_heads": 2, "mlp_width": 704},
 }
+SIZES_OF = {"cache": ("tiny",), "slots": ("tiny",)}
 VOCABULARIES = {"tiny": 32, "small": 4096}
 
 
@@ -345,7 +348,7 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     for size in _SIZES.value:
         result[size] = {}
-        for part in _PARTS.value:
+        for part in (part for part in _PARTS.value if size in SIZES_OF.get(part, SIZES)):
             result[size][part] = measures[part](size)
             print(size, part, json.dumps(result[size][part]), flush=True)
             out.parent.mkdir(parents=True, exist_ok=True)
