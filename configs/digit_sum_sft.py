@@ -2,8 +2,8 @@
 
 python -m experiments.train --config=configs/digit_sum_sft.py --workdir=runs/digit_sum_sft
 
-One minute on a busy core; then 31.8 % of its answers are right, and one of eight for 93 % of the
-questions. What `configs/arithmetic_nft.py` begins with.
+Twenty seconds on an idle core; then 32.9 % of its answers are right, and one of eight for 91 % of
+the questions. What `configs/arithmetic_nft.py` begins with.
 """
 
 import ml_collections
