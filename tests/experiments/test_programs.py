@@ -1,11 +1,14 @@
 """The three programs, as a user starts them: train, evaluate and sample from the path alone."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from started_programs import start
+from quick_compilation import program_environment
+from started_programs import ROOT, start
 
 SMALL = [
     "--config.num_steps=20",
@@ -25,7 +28,14 @@ def run(tmp_path_factory, cache):
     workdir = tmp_path_factory.mktemp("run")
     arguments = ("--config=configs/digits_edm.py", f"--workdir={workdir}")
     arguments += (f"--config.evaluation.cache_dir={cache}", *SMALL)
-    start("train", *arguments)
+    # In an interpreter of its own, in which nothing has been imported.
+    subprocess.run(
+        [sys.executable, "-m", "experiments.train", *arguments],
+        cwd=ROOT,
+        env=program_environment(),
+        check=True,
+        timeout=600,
+    )
     return workdir
 
 
