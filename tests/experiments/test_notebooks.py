@@ -11,8 +11,8 @@ from started_programs import Program
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "notebooks"
 SMALL = {
-    "01_image_diffusion": "NUM_STEPS = 100\nNUM_SAMPLES = 100\nBUDGETS = [5]\n",
-    "02_ddo": "NUM_STEPS = 100\nROUND_STEPS = 50\nROUNDS = 1\nNUM_BLOCKS = 1\nNUM_SAMPLES = 100\n",
+    "01_image_diffusion": "NUM_STEPS = 50\nNUM_SAMPLES = 100\nBUDGETS = [5]\n",
+    "02_ddo": "NUM_STEPS = 50\nROUND_STEPS = 50\nROUNDS = 1\nNUM_BLOCKS = 1\nNUM_SAMPLES = 100\n",
     "03_neighborhood_attention": "GRID = (16, 16)\nWINDOWS = (8,)\nREPEATS = 1\n",
     "04_masked_diffusion": (
         "NUM_STEPS = 2\nLENGTH = 16\nDEPTH = 1\nNUM_DRAWS = 1\nNUM_SAMPLES = 4\n"

@@ -294,6 +294,7 @@ def test_a_divergence_from_the_base_is_added(base, first_rollout):
 def test_two_processes_learn_what_one_learns(base, tmp_path):
     """Answers are gathered, and judged in the first process alone."""
     config = negative_aware(str(base), num_steps=4, eval_every=4)
+    config.evaluation.num_samples = config.evaluation.batch_size = 16
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     model = f"--config={config_file(tmp_path, config)}"
     with socket.socket() as probe:

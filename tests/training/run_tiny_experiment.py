@@ -89,7 +89,7 @@ def main():
             count=count,
             at=at if kind in actions else -1,
             action=actions.get(kind),
-            delay=1.0 if kind == "sigterm" and options.processes > 1 else 0.0,
+            delay=0.4 if kind == "sigterm" and options.processes > 1 else 0.0,
         )
 
     if kind == "save":
