@@ -42,7 +42,9 @@ import matplotlib.pyplot as plt
 _OUT = flags.DEFINE_string("out", "experiments/results", "Where table and figure go.")
 _SEEDS = flags.DEFINE_integer("seeds", 8, "Runs of each method and rate.", lower_bound=2)
 _STEPS = flags.DEFINE_integer("num_steps", 240, "Rollouts of each run.", lower_bound=4)
-_RATES = flags.DEFINE_list("rates", ["0.01", "0.02", "0.06", "0.12", "0.24"], "Learning rates.")
+_RATES = flags.DEFINE_list(
+    "rates", ["0.01", "0.02", "0.06", "0.12", "0.24", "0.48", "0.96"], "Learning rates."
+)
 _METHODS = flags.DEFINE_list("methods", None, "Of METHODS; all by default.")
 _DESCENT = flags.DEFINE_integer("descent", 4000, "Steps of Theorem 3.1.", lower_bound=10)
 
@@ -305,7 +307,11 @@ def _descend(logits, outcome, *arguments) -> dict[str, float]:
 def draw(curves: Mapping[str, Any], rates: list[float], fixed: Mapping[str, Any], path: Path):
     """Errors against rollouts, errors and entropies at the end, and where epsilon leads."""
     shown = ("NFT", "GRPO", "DAPO", "RFT", "RFT, omega = 1 - r", "naive +-")
-    figure, axes = plt.subplots(1, len(rates) + 1, figsize=(4 * len(rates) + 4, 3.6))
+    columns = -(-(len(rates) + 1) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(4 * columns, 6.8), squeeze=False)
+    axes = axes.reshape(-1)
+    for unused in axes[len(rates) : -1]:
+        unused.axis("off")
     for i, rate in enumerate(rates):
         for method in (name for name in shown if name in curves):
             error = curves[method]["error"][i].mean(axis=0)
