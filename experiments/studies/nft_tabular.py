@@ -3,10 +3,9 @@
     python -m experiments.studies.nft_tabular [--seeds=8] [--num_steps=240]
 
 "Write N as a sum of five digits", N being the sum of five random ones, has many right answers. The
-policy is a table of logits for each
-place and what is left of N, so that its accuracy and entropy are sums, without evaluation noise. In
-every step 64 questions get 8 answers each; the first 32 questions with right and wrong answers are
-learned from in 8 mini-batches (Adam, the same for all). All methods are losses of
+policy is a table of logits for each place and what is left of N, so that its accuracy and entropy
+are sums, without evaluation noise. In every step 64 questions get 8 answers each; the first 32
+questions with right and wrong answers are learned from in 8 mini-batches (Adam, the same for all). All methods are losses of
 `genjax_lab.objectives`, at equal learning rates and each at its best. Under test
 (arXiv 2505.18116): rejection sampling (RFT) ends with more errors and less entropy than NFT, which
 is as good as GRPO and DAPO. Why: RFT and NFT with omega = 1 - r_q have the same mean gradient, but

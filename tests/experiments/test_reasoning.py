@@ -19,7 +19,7 @@ from experiments import reasoning
 from experiments.answering import AnswerJudge
 from experiments.questions import Questions
 from genjax_lab import evaluation, networks, pretrained
-from genjax_lab.reasoning import STATISTICS
+from genjax_lab.reasoning import STATISTICS, digit_sum
 from genjax_lab.training import read_metrics, restore, train
 
 NETWORK = {
@@ -467,6 +467,9 @@ def test_metrics_and_seeds_may_be_chosen(restored):
     experiment, state = restored
     found = experiment.evaluate(state, seeds=range(16, 48), metrics=("pass_at_4", "entropy"))
     assert list(found) == ["pass_at_4", "entropy"]
+    # Asked for more, the questions come again, and are not others for it.
+    found = experiment.evaluate(state, seeds=range(4 * 24), metrics=("num_questions",))
+    assert found["num_questions"] == len(digit_sum(1).test) < 24
     with pytest.raises(ValueError, match="metrics \\['beauty'\\] are not in"):
         experiment.evaluate(state, metrics=("beauty",))
     for seeds in (range(30), range(2, 34)):

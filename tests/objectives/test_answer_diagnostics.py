@@ -76,15 +76,17 @@ def test_means_are_of_questions_of_like_rates():
 
 def test_diagnostics_change_nothing_that_is_learned():
     generator = np.random.default_rng(0)
-    answers = generator.integers(0, 3, (8, 2))
-    outcome = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])  # rates 1/4 and 3/4
+    answers = generator.integers(0, 3, (12, 2))
+    # Rates 1/4 and 3/4, and a question that only fills up.
+    outcome = np.array([1.0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0])
     params = jnp.array([0.3, -0.2, 0.1])
     old = np.array(jax.nn.log_softmax(jnp.array([0.1, 0.2, -0.3]))[answers])
-    group = group_statistics(outcome, np.repeat([0, 1], 4))
-    counted = np.ones((8, 2), bool)
+    group = group_statistics(outcome, np.repeat([0, 1, 2], 4))
+    counted = np.ones((12, 2), bool)
     counted[3, 1], old[3, 1] = False, np.nan
+    counted[8:] = False
     batch = answer_batch(
-        *(np.zeros((8, 1), int), np.ones((8, 1), bool), answers, np.ones((8, 2), bool)),
+        *(np.zeros((12, 1), int), np.ones((12, 1), bool), answers, np.ones((12, 2), bool)),
         *(old, outcome, group),
         aggregation="token-mean",
         counted=counted,
@@ -104,9 +106,9 @@ def test_diagnostics_change_nothing_that_is_learned():
     split = [more[f"gradient_{name}"] for name in ("right_norm", "wrong_norm", "cosine")]
     total = split[0] ** 2 + split[1] ** 2 + 2 * np.prod(split)
     np.testing.assert_allclose(total, np.sum(np.square(gradient)), rtol=1e-4)
-    # Of each rate there are equally many answers, so the loss is the mean of both means.
+    # Of each rate there are equally many answers, and as many that do not count.
     means = [more[f"loss_at_rate_{center}"] for center in ("0.375", "0.875")]
-    np.testing.assert_allclose(np.mean(means), plain, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(means) / 3, plain, rtol=1e-5)
     assert np.isnan(more["loss_at_rate_0.125"]) and np.isfinite(more["ratio_0.99"])
     pairs = answer_objective(lookup, online_dpo_loss, takes_weights=False, diagnostics=True)
     told = pairs({"params": params}, batch, jax.random.key(0))[1]
