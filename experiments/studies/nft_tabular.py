@@ -5,11 +5,12 @@
 "Write N as a sum of five digits", N being the sum of five random ones, has many right answers. The
 policy is a table of logits for each place and what is left of N, so that its accuracy and entropy
 are sums, without evaluation noise. In every step 64 questions get 8 answers each; the first 32
-questions with right and wrong answers are learned from in 8 mini-batches (Adam, the same for all). All methods are losses of
-`genjax_lab.objectives`, at equal learning rates and each at its best. Under test
-(arXiv 2505.18116): rejection sampling (RFT) ends with more errors and less entropy than NFT, which
-is as good as GRPO and DAPO. Why: RFT and NFT with omega = 1 - r_q have the same mean gradient, but
-not the same variance, which is computed exactly for tables with one and with many right answers.
+questions with right and wrong answers are learned from in 8 mini-batches (Adam, the same for all).
+All methods are losses of `genjax_lab.objectives`, at equal learning rates and each at its best.
+Under test (arXiv 2505.18116): rejection sampling (RFT) ends with more errors and less entropy than
+NFT, which is as good as GRPO and DAPO. Why: RFT and NFT with omega = 1 - r_q have the same mean
+gradient, but not the same variance, which is computed exactly for tables with one and with many
+right answers.
 
 Beside it Theorem 3.1 on a table of 50 answers, with exact expectations: right answers alone, wrong
 ones alone and both lead to the policy of right answers pi+; and where epsilon leads if answers are
