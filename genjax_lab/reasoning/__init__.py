@@ -6,6 +6,7 @@ from genjax_lab.reasoning.answers import (
     minerva_normalize,
     strict_box,
 )
+from genjax_lab.reasoning.asking import ask, judged, received, verified
 from genjax_lab.reasoning.problems import Problem, Task, addition, countdown, digit_sum, jsonl
 from genjax_lab.reasoning.rollout import (
     AnsweredProblem,
@@ -21,11 +22,7 @@ from genjax_lab.reasoning.stream import (
     JudgedAnswers,
     Reward,
     RolloutSettings,
-    ask,
-    judged,
-    received,
     rollout_statistics,
-    verified,
 )
 from genjax_lab.reasoning.tokens import Codec, character_codec
 from genjax_lab.reasoning.verifier import Verifier

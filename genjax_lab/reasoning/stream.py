@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from genjax_lab.data.batch_order import BatchOrder
 from genjax_lab.objectives import AGGREGATIONS, answer_batch, group_statistics, importance_weights
+from genjax_lab.reasoning.asking import ask, of_first_process
 from genjax_lab.reasoning.problems import Problem, Task
 from genjax_lab.reasoning.rollout import (
     STRATEGIES,
@@ -376,7 +376,7 @@ class AnswerStream:
                 rows["answer_mask"].sum(axis=1),
                 rows["truncated"],
             )
-            reward = _of_first_process("reward", lambda: self._reward(judged), len(judged.outcome))
+            reward = of_first_process("reward", lambda: self._reward(judged), len(judged.outcome))
         if settings.rate == "history":
             records = [self._history[i] for i in rows["problem"].tolist()]
             estimate = {"rate": np.float32([r.right / r.count for r in records])}
@@ -429,92 +429,6 @@ class AnswerStream:
         size = len(chosen)
         begin, end = index * size // count, (index + 1) * size // count
         return {name: array[begin:end] for name, array in batch.items()}
-
-
-def ask(
-    task: Task,
-    codec: Codec,
-    problems: Sequence[Problem],
-    generate: Callable[[Array, Array], Generation],
-) -> tuple[list[AnsweredProblem], int]:
-    """Answers to problems, judged by the task's verifier, and the slot steps they took.
-
-    Args:
-        task: whose verifier judges.
-        codec: of the texts.
-        problems: what is asked.
-        generate: (prompts, mask) -> K answers each.
-
-    Raises:
-        ValueError: for outcomes that are not in [0, 1], and as `received`.
-    """
-    prompts, mask = codec.encode_prompts([problem.prompt for problem in problems])
-    generation = received(generate(prompts, mask))
-    _, outcome = judged(task, codec, problems, generation)
-    report = generation.report
-    answered = [
-        AnsweredProblem(
-            i,
-            prompts[i],
-            mask[i],
-            generation.tokens[i],
-            generation.mask[i],
-            report.drawn_log_probs[i],
-            outcome[i],
-            report.truncated[i],
-        )
-        for i in range(len(problems))
-    ]
-    return answered, int(report.slot_steps)
-
-
-def judged(
-    task: Task, codec: Codec, problems: Sequence[Problem], generation: Generation
-) -> tuple[list[str], Float[np.ndarray, "problems answers"]]:
-    """Texts of answers, all of a problem's in a row, and their outcomes.
-
-    Raises:
-        ValueError: for outcomes that are not in [0, 1].
-    """
-    count = generation.tokens.shape[1]
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-    texts = codec.decode(flat(generation.tokens), flat(generation.mask))
-    repeated = [problem for problem in problems for _ in range(count)]
-    outcome = verified(task, repeated, texts).reshape(-1, count)
-    if not ((outcome >= 0) & (outcome <= 1)).all():
-        raise ValueError("task.verify must give outcomes in [0, 1]")
-    return texts, outcome
-
-
-def received(generation: Generation) -> Generation:
-    """As numpy; a ValueError if the network gave NaN, of which no token can be drawn."""
-    generation = jax.tree.map(to_host, generation)
-    if np.isnan(generation.report.log_probs).any():
-        raise ValueError("the network gives NaN for answers that it draws itself; it has diverged")
-    return generation
-
-
-def verified(task: Task, problems: Sequence, texts: Sequence[str]) -> np.ndarray:
-    """What the task's verifier says in the first of several processes.
-
-    A time limit may end otherwise in another, and all must go on alike.
-    """
-    return _of_first_process("task.verify", lambda: task.verify(problems, texts), len(texts))
-
-
-def _of_first_process(
-    name: str, values: Callable[[], Any], count: int
-) -> Float[np.ndarray, "count"]:
-    found = np.zeros(count, np.float32)
-    if jax.process_index() == 0:
-        found = np.asarray(values(), np.float32)
-        if found.shape != (count,):
-            raise ValueError(
-                f"{name} must give {count} numbers, one for each answer, got shape {found.shape}"
-            )
-    if jax.process_count() > 1:
-        found = np.asarray(multihost_utils.broadcast_one_to_all(found))
-    return found
 
 
 def rollout_statistics(collected: Collected) -> dict[str, float]:
