@@ -2,8 +2,7 @@
 
 Queries of a grid are cut into tiles. What the queries of a tile see together lies in a box of
 keys, the product of one interval for each axis, so all of this happens axis by axis. Where not
-every query of a tile sees its whole box, the rest is masked: the queries of a tile that have equal
-intervals make one class, and a class has a penalty for each key.
+every query of a tile sees its whole box, each query's interval says what of it is masked.
 
 Axes are counted in units of `tile` tokens, 1 unless tokens are stored tile by tile.
 """
@@ -20,9 +19,9 @@ import numpy as np
 Bounds = tuple[np.ndarray, np.ndarray]
 
 # Nanoseconds of one core, for choosing tiles: of a multiply-add, of the rest of a pair of tokens,
-# of a class of a pair, of a number of a box of keys, of a tile, of a part's loop. Only their ratios
-# matter.
-_MULTIPLY_ADD, _PAIR, _CLASS, _KEY_NUMBER, _TILE, _PART = 0.03, 0.6, 0.025, 0.8, 5e3, 5e5
+# of a masked axis of a pair, of a number of a box of keys, of a tile, of a part's loop. Only their
+# ratios matter.
+_MULTIPLY_ADD, _PAIR, _MASKED, _KEY_NUMBER, _TILE, _PART = 0.03, 0.6, 0.05, 0.8, 5e3, 5e5
 _LARGEST_TILE = 1024  # queries
 _MOST_TILES = 1024  # along an axis, where tiles are chosen
 
@@ -37,8 +36,8 @@ class AxisPlan(NamedTuple):
         skipped: [tiles] leading units of a tile that the tile before has already: the last tile of
             a piece is moved inward.
         kv_first: [n, tiles] first unit of each box.
-        group: [n, tiles, tokens of a tile] the class of each query; None where nothing is masked.
-        seen: [n, tiles, classes, 2] interval of the box that a class sees, in tokens.
+        seen: [n, tiles, tokens of a tile, 2] interval of the box that a query sees, in tokens;
+            None where every query sees all of it.
     """
 
     q_edge: int
@@ -46,13 +45,7 @@ class AxisPlan(NamedTuple):
     first: np.ndarray
     skipped: np.ndarray
     kv_first: np.ndarray
-    group: np.ndarray | None
     seen: np.ndarray | None
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of a tile; 0 where nothing is masked."""
-        return 0 if self.group is None else self.seen.shape[2]
 
 
 def plan_axis(
@@ -92,7 +85,7 @@ def plan_axis(
                 _plan_pieces(bounds, kv_length, sliding, edge, tile),
                 _plan_pieces(bounds, kv_length, equal, edge * merged, tile),
             )
-            if (parts[0].num_classes, parts[0].kv_edge) != (0, parts[1].kv_edge):
+            if parts[0].seen is not None or parts[0].kv_edge != parts[1].kv_edge:
                 return parts
     return (_plan_pieces(bounds, kv_length, whole, edge, tile, span),)
 
@@ -159,19 +152,12 @@ def _plan_pieces(
     kv_first = xp.minimum(low, kv_length - kv_edge)
     seen = xp.stack([start, end], axis=-1) - kv_first[..., None, None] * tile
     seen = xp.where(sees[..., None], xp.clip(seen, 0, kv_edge * tile), 0)
-    # What queries see that another tile answers for does not matter: no classes of their own.
+    # What queries see that another tile answers for does not matter: nothing to mask for them.
     first_own = np.broadcast_to((skipped * tile)[:, None, None], (*seen.shape[:2], 1, 1))
     seen = xp.where(own[..., None], seen, xp.take_along_axis(seen, first_own, axis=2))
-    if span is not None:
-        group = np.broadcast_to(np.arange(size), seen.shape[:3])
-        return AxisPlan(edge, kv_edge, first, skipped, kv_first, group, seen)
-    if np.all(seen == (0, kv_edge * tile)):
-        return AxisPlan(edge, kv_edge, first, skipped, kv_first, None, None)
-    changes = np.any(np.diff(seen, axis=2, prepend=seen[:, :, :1]) != 0, axis=-1)
-    group = np.cumsum(changes, axis=2)
-    intervals = np.zeros((*seen.shape[:2], int(group.max()) + 1, 2), seen.dtype)
-    np.put_along_axis(intervals, group[..., None], seen, axis=2)
-    return AxisPlan(edge, kv_edge, first, skipped, kv_first, group, intervals)
+    if span is None and np.all(seen == (0, kv_edge * tile)):
+        seen = None
+    return AxisPlan(edge, kv_edge, first, skipped, kv_first, seen)
 
 
 def choose_tiles(
@@ -203,8 +189,8 @@ def choose_tiles(
             volume = lambda edges: math.prod(e * t for e, t in zip(edges, tile, strict=True))  # noqa: E731
             queries = rows_per_query * volume(part.q_edge for part in parts)
             keys = volume(part.kv_edge for part in parts)
-            classes = sum(part.num_classes for part in parts)
-            pair = _MULTIPLY_ADD * width + _PAIR + _CLASS * classes
+            masked = sum(part.seen is not None for part in parts)
+            pair = _MULTIPLY_ADD * width + _PAIR + _MASKED * masked
             total += tiles * (queries * keys * pair + keys * width * _KEY_NUMBER + _TILE)
             if queries > _LARGEST_TILE * rows_per_query:
                 return math.inf

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from genjax_lab.attention import box_plan
 
-# A penalty that no logit makes good for, and that can be added four times in float32.
+# The logit of what a query does not see.
 HIDDEN = -1e37
 
 
@@ -143,53 +143,50 @@ class Box:
             return self.dot(of_keys, of_rows.T) if keys_first else self.dot(of_rows, of_keys.T)
 
         logits = product(self.queries(), self.keys())
-        if any(axis.num_classes for axis in self.axes):
-            logits += product(self._one_hot(), self._with_extra(self._penalties().T))
-        if self.tables["key_mask"] is not None:
-            penalty = self._with_extra(self._key_penalty())
-            logits += penalty if keys_first else penalty.T
         if "bias" in self.tensors:
             bias = self._with_extra(self._bias(self.tensors["bias"]))
             logits += bias if keys_first else bias.T
-        return logits
+        visible = self._visible(keys_first)
+        return logits if visible is None else jnp.where(visible, logits, HIDDEN)
+
+    @property
+    def _num_extra(self) -> int:
+        return self.tensors["extra_key"].shape[1] if "extra_key" in self.tensors else 0
 
     def _with_extra(self, keys: Array) -> Array:
-        """Additional keys have neither penalty nor bias."""
-        if "extra_key" not in self.tensors:
-            return keys
-        return jnp.pad(keys, ((0, self.tensors["extra_key"].shape[1]), (0, 0)))
+        """Additional keys have no bias."""
+        return jnp.pad(keys, ((0, self._num_extra), (0, 0)))
 
-    def _masked_axes(self) -> list[int]:
-        return [number for number, axis in enumerate(self.axes) if axis.num_classes]
+    def _visible(self, keys_first: bool) -> Array | None:
+        """What rows see of the box, as logits are; None if that is all of it."""
+        of_rows, of_keys = (lambda x: x[None], lambda x: x[:, None])[:: 1 if keys_first else -1]
+        visible = None
+        for number, axis in enumerate(self.axes):
+            if axis.seen is None:
+                continue
+            seen = self._set(self.arrays[number]["seen"])[self.at[number]]
+            first, end = self._spread(seen, number, self.q_edges, self.group).T
+            places = self._places(number, seen.dtype)
+            # Unsigned numbers go round, so that one comparison is enough; the narrower, the faster.
+            inside = of_keys(places) - of_rows(first) < of_rows(end - first)
+            visible = inside if visible is None else visible & inside
+        if visible is not None and self._num_extra:
+            visible |= of_keys(np.arange(len(places)) >= len(places) - self._num_extra)
+        if self.tables["key_mask"] is not None:
+            origin = (self.example, *self.kv_first, *(jnp.int32(0),) * self.plan.rank)
+            mask = jax.lax.dynamic_slice(self.tables["key_mask"], origin, (1, *self._key_shape()))
+            mask = of_keys(jnp.pad(mask.reshape(-1), (0, self._num_extra), constant_values=True))
+            visible = mask if visible is None else visible & mask
+        return visible
 
-    def _one_hot(self) -> Array:
-        """The classes that rows are in, [rows, classes of all axes]."""
-        classes = []
-        for number in self._masked_axes():
-            group = self._set(self.arrays[number]["group"])[self.at[number]]
-            one_hot = group[:, None] == jnp.arange(self.axes[number].num_classes)
-            classes.append(self._spread(one_hot, number, self.q_edges, self.group))
-        return jnp.concatenate(classes, axis=1).astype(self.plan.exact)
+    def _key_shape(self) -> tuple[int, ...]:
+        return (*self.kv_edges, *self.plan.tile)
 
-    def _penalties(self) -> Array:
-        """What classes do not see, [classes of all axes, keys]."""
-        seen, places = [], []
-        shape = (*self.kv_edges, *self.plan.tile)
-        for number in self._masked_axes():
-            seen.append(self._set(self.arrays[number]["seen"])[self.at[number]])
-            unit, inside = (np.indices(shape)[axis] for axis in (number, self.plan.rank + number))
-            place = (unit * self.plan.tile[number] + inside).reshape(1, -1)
-            places.append(np.repeat(place, self.axes[number].num_classes, axis=0))
-        start, end = jnp.moveaxis(jnp.concatenate(seen), -1, 0)[..., None]
-        place = np.concatenate(places).astype(np.int32)  # a constant: nothing is spread in a step
-        return jnp.where((start <= place) & (place < end), 0, HIDDEN).astype(self.plan.exact)
-
-    def _key_penalty(self) -> Array:
-        """Of keys that no query sees, [keys, 1]."""
-        origin = (self.example, *self.kv_first, *(jnp.int32(0),) * self.plan.rank)
-        size = (1, *self.kv_edges, *self.plan.tile)
-        mask = jax.lax.dynamic_slice(self.tables["key_mask"], origin, size)
-        return jnp.where(mask.reshape(-1, 1), 0, HIDDEN).astype(self.plan.exact)
+    def _places(self, number: int, dtype: Any) -> np.ndarray:
+        """Where the keys of the box are along an axis, a constant; 0 for additional keys."""
+        unit, inside = (np.indices(self._key_shape())[n] for n in (number, self.plan.rank + number))
+        places = unit * self.plan.tile[number] + inside
+        return np.pad(places.ravel(), (0, self._num_extra)).astype(dtype)
 
     def _spread(self, rows: Array, number: int, edges: Sequence[int], times: int = 1) -> Array:
         """Rows of one axis [tokens of it, width] to all tokens [tokens * times, width]."""

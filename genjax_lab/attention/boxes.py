@@ -2,13 +2,13 @@
 
 A loop runs over examples, heads and tiles. A tile takes its box out of the keys and values, and
 two matrix products of the tile's size do the rest; memory grows with the number of tokens, time
-with the keys that are seen. What a query does not see of its tile's box is masked by adding, to the
-logits, the product of two thin matrices: the class of a query along an axis (one-hot), and a
-penalty of each class for each key. That costs less than looking at every logit.
+with the keys that are seen. What a query does not see of its tile's box is masked where
+exponentials are taken, by its interval along each axis: two small integers, no table of pairs.
 
 A softmax needs a number to subtract from each query's logits, usually their maximum, which reads
 all of them once more. The product of the query's norm and of the largest norm of the keys that it
-sees is as good as long as it is small, and cheaper; where it is not, the maximum is taken.
+sees is as good as long as it is small, and cheaper; where it is not, the maximum is taken, in a
+loop of its own beforehand.
 
 The backward pass recomputes each tile (arXiv 2205.14135, Algorithm 4):
 
@@ -125,7 +125,10 @@ def box_attention(
         "rows": rows,
         "key_mask": key_mask,
         "places": () if bias is None else tuple(jnp.asarray(places) for places in bias_places),
-        "loops": tuple(tuple(_arrays(part) for part in axes) for axes in loops),
+        "loops": tuple(
+            tuple(_arrays(part, step) for part, step in zip(axes, tile, strict=True))
+            for axes in loops
+        ),
     }
     if key_mask is not None:  # whatever hidden tokens hold
         key, value = (jnp.where(key_mask[..., None, None], x, 0) for x in (key, value))
@@ -146,32 +149,24 @@ def box_attention(
     return out, lse
 
 
-def _arrays(part: box_plan.AxisPlan) -> dict[str, Array]:
+def _arrays(part: box_plan.AxisPlan, tile: int) -> dict[str, Array]:
     """What a loop looks up, and what may be traced."""
     arrays = {"kv_first": jnp.asarray(part.kv_first, jnp.int32)}
-    if part.num_classes:
-        arrays |= {"group": jnp.asarray(part.group), "seen": jnp.asarray(part.seen)}
+    if part.seen is not None:
+        narrow = part.kv_edge * tile <= np.iinfo(np.uint16).max
+        arrays["seen"] = jnp.asarray(part.seen, jnp.uint16 if narrow else jnp.uint32)
     return arrays
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: BoxPlan, tensors: dict, tables: dict) -> tuple[Array, Array]:
     query, value = tensors["query"], tensors["value"]
-    shifts = logit_bounds(plan, tensors, tables)
+    shifts = _shifts(plan, tensors, tables)
 
     def visit(number, carry, step):
         out, lse = carry
         box = Box(plan, number, tensors, tables, step)
-        shift = box.take_queries(shifts[..., None])[:, 0]
-        # Only rows whose bound is too large take their maximum, so that no row's result depends on
-        # what others see.
-        too_large = ~(shift <= _LARGEST_SHIFT)  # NaN is, where a norm of 0 meets one beyond float32
-
-        def with_maximum():  # of logits of its own: those below then never are an array
-            top = jnp.max(box.logits(), axis=1)
-            return jnp.where(too_large, jnp.where(top > HIDDEN / 2, top, 0), shift)
-
-        shift = jax.lax.cond(jnp.any(too_large), with_maximum, lambda: shift)
+        shift = box.take_queries(shifts)[:, 0]
         weights = jnp.exp(box.logits() - shift[:, None])
         total = jnp.sum(weights, axis=1)
         seen = total > 0
@@ -187,6 +182,36 @@ def _attend(plan: BoxPlan, tensors: dict, tables: dict) -> tuple[Array, Array]:
     )
     out, lse = _run_loops(plan, visit, empty, len(query))
     return out, lse[..., 0]
+
+
+def _shifts(plan: BoxPlan, tensors: dict, tables: dict) -> Array:
+    """What is subtracted from each query's logits, [batch, *units, *tile, heads, 1]."""
+    bounds = logit_bounds(plan, tensors, tables)[..., None]
+
+    def visit(number, shifts, step):
+        box = Box(plan, number, tensors, tables, step)
+        shift = box.take_queries(bounds)
+        # Only rows whose bound is too large take their maximum, so that no row's result depends on
+        # what others see.
+        too_large = _is_too_large(shift)
+
+        def with_maximum():
+            top = jnp.max(box.logits(), axis=1, keepdims=True)
+            return jnp.where(too_large, jnp.where(top > HIDDEN / 2, top, 0), shift)
+
+        shift = jax.lax.cond(jnp.any(too_large), with_maximum, lambda: shift)
+        return box.put_queries(shifts, shift), None
+
+    return jax.lax.cond(
+        jnp.any(_is_too_large(bounds)),
+        lambda: _run_loops(plan, visit, bounds, len(tensors["query"])),
+        lambda: bounds,
+    )
+
+
+def _is_too_large(bound: Array) -> Array:
+    """So is NaN, where a norm of 0 meets one beyond float32."""
+    return ~(bound <= _LARGEST_SHIFT)
 
 
 def _forward(plan, tensors, tables):

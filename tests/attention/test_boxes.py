@@ -114,8 +114,8 @@ def box_mask(axis, edge, merged):
             for query in range(part.skipped[tile], part.q_edge):
                 box = np.zeros(part.kv_edge, bool)
                 begin, end = (0, part.kv_edge)
-                if part.num_classes:
-                    begin, end = part.seen[0, tile, part.group[0, tile, query]]
+                if part.seen is not None:
+                    begin, end = part.seen[0, tile, query]
                 box[begin:end] = True
                 at = part.kv_first[0, tile]
                 mask[first + query, at : at + part.kv_edge] |= box
@@ -138,12 +138,12 @@ def test_plans_are_the_mask():
 def test_aligned_windows_and_ends_of_axes_need_no_mask():
     strided = AxisWindow(64, 32, 16)
     (plan,) = plan_axis([x[None] for x in strided.bounds()], 64, [64], 16)
-    assert (plan.kv_edge, plan.num_classes) == (32, 0)
+    assert (plan.kv_edge, plan.seen) == (32, None)
     sliding, equal = plan_axis(
         [x[None] for x in AxisWindow(64, 32).bounds()], 64, [64], 8, merged=2
     )
-    assert (sliding.kv_edge, sliding.num_classes, len(sliding.first)) == (39, 8, 4)
-    assert (equal.q_edge, equal.kv_edge, equal.num_classes, len(equal.first)) == (16, 32, 0, 2)
+    assert (sliding.kv_edge, sliding.seen.shape, len(sliding.first)) == (39, (1, 4, 8, 2), 4)
+    assert (equal.q_edge, equal.kv_edge, equal.seen, len(equal.first)) == (16, 32, None, 2)
 
 
 def test_tiles_fit_strides():
