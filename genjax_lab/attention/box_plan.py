@@ -19,11 +19,26 @@ import numpy as np
 Bounds = tuple[np.ndarray, np.ndarray]
 
 # Nanoseconds of one core, for choosing tiles: of a multiply-add, of the rest of a pair of tokens,
-# of a masked axis of a pair, of a number of a box of keys, of a tile, of a part's loop. Only their
-# ratios matter.
-_MULTIPLY_ADD, _PAIR, _MASKED, _KEY_NUMBER, _TILE, _PART = 0.03, 0.6, 0.05, 0.8, 5e3, 5e5
+# of a masked axis of a pair, of a number of a box of keys in products, of one that is copied, of a
+# tile, of a part's loop. Only their ratios matter.
+_MULTIPLY_ADD, _PAIR, _MASKED, _KEY, _COPY, _TILE, _PART = 0.008, 0.35, 0.01, 0.13, 0.14, 5e3, 1e5
 _LARGEST_TILE = 1024  # queries
+_MOST_PIECES = 4  # of what is new in a ring
 _MOST_TILES = 1024  # along an axis, where tiles are chosen
+
+
+class Ring(NamedTuple):
+    """How a box along an axis becomes that of the next tile.
+
+    Attributes:
+        slots: units that it holds.
+        advance: at most so many units are new in a tile.
+        piece: units that are always in slots beside each other.
+    """
+
+    slots: int
+    advance: int
+    piece: int
 
 
 class AxisPlan(NamedTuple):
@@ -46,6 +61,23 @@ class AxisPlan(NamedTuple):
     skipped: np.ndarray
     kv_first: np.ndarray
     seen: np.ndarray | None
+
+    @property
+    def ring(self) -> Ring | None:
+        """None where boxes do not move on tile by tile, or share nothing."""
+        if not isinstance(self.kv_first, np.ndarray):
+            return None
+        advances = np.diff(self.kv_first, axis=1)
+        advance = int(advances.max(initial=0))
+        if np.any(advances < 0) or not 0 < advance < self.kv_edge:
+            return None
+        step = int(np.gcd.reduce(advances, axis=None))
+        piece = math.gcd(step, self.kv_edge)
+        if advance // piece <= _MOST_PIECES:
+            return Ring(self.kv_edge, advance, piece)
+        if self.seen is None or advance // step > _MOST_PIECES:
+            return None
+        return Ring(-(-self.kv_edge // step) * step, advance, step)  # what is too much is masked
 
 
 def plan_axis(
@@ -188,10 +220,15 @@ def choose_tiles(
             tiles = math.prod(len(part.first) for part in parts)
             volume = lambda edges: math.prod(e * t for e, t in zip(edges, tile, strict=True))  # noqa: E731
             queries = rows_per_query * volume(part.q_edge for part in parts)
-            keys = volume(part.kv_edge for part in parts)
+            keys, copied = volume(part.kv_edge for part in parts), 1.0
+            if (ring := parts[-1].ring) is not None:
+                keys *= ring.slots / parts[-1].kv_edge
+                copied = ring.advance / ring.slots
             masked = sum(part.seen is not None for part in parts)
             pair = _MULTIPLY_ADD * width + _PAIR + _MASKED * masked
-            total += tiles * (queries * keys * pair + keys * width * _KEY_NUMBER + _TILE)
+            total += tiles * (
+                queries * keys * pair + keys * width * (_KEY + copied * _COPY) + _TILE
+            )
             if queries > _LARGEST_TILE * rows_per_query:
                 return math.inf
         return total + _PART * math.prod(len(parts) for parts in plans)

@@ -87,8 +87,8 @@ class Box:
         origin = (self.example, *self.q_first, *zeros[1:], head, zeros[0])
         return origin, (1, *self.q_edges, *self.plan.tile, self.group)
 
-    def _where_keys(self, lines: Array) -> tuple:
-        """Of keys or values `in_lines`."""
+    def where_keys(self, lines: Array) -> tuple:
+        """(origin, size) of the box in keys or values `in_lines`."""
         unit = lines.shape[-1] // self.plan.kv_lengths[-1]
         origin = (self.example, self.head, *self.kv_first[:-1], self.kv_first[-1] * unit)
         return origin, (1, 1, *self.kv_edges[:-1], self.kv_edges[-1] * unit)
@@ -104,10 +104,13 @@ class Box:
         origin, size = self._where_queries()
         return jax.lax.dynamic_update_slice(array, rows.reshape(*size, -1), origin)
 
-    def _take_keys(self, name: str, extra: str) -> Array:
+    def _in_box(self, name: str) -> Array:
         lines = self.tensors[name]
-        part = jax.lax.dynamic_slice(lines, *self._where_keys(lines))
-        part = part.reshape(-1, line_width(self.plan, lines)).astype(self.plan.exact)
+        part = jax.lax.dynamic_slice(lines, *self.where_keys(lines))
+        return part.reshape(-1, line_width(self.plan, lines)).astype(self.plan.exact)
+
+    def _take_keys(self, name: str, extra: str) -> Array:
+        part = self._in_box(name)
         if extra not in self.tensors:
             return part
         more = self.tensors[extra][self.example, :, self.head].astype(self.plan.exact)
@@ -116,7 +119,7 @@ class Box:
     def add_keys(self, bars: dict, name: str, extra: str, rows: Array) -> dict:
         """Gradients with those of the box's keys, and of additional ones, added."""
         bars = dict(bars)
-        origin, size = self._where_keys(bars[name])
+        origin, size = self.where_keys(bars[name])
         count = math.prod(size) // rows.shape[1]
         new = jax.lax.dynamic_slice(bars[name], origin, size) + rows[:count].reshape(size)
         bars[name] = jax.lax.dynamic_update_slice(bars[name], new, origin)

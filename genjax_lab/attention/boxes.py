@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from genjax_lab.attention import box_plan
+from genjax_lab.attention.box_ring import RingBox, empty_rings, filled_rings
 from genjax_lab.attention.box_step import HIDDEN, Box, BoxPlan, in_lines, line_width
 from genjax_lab.attention.logit_bounds import logit_bounds
 
@@ -163,9 +164,8 @@ def _attend(plan: BoxPlan, tensors: dict, tables: dict) -> tuple[Array, Array]:
     query, value = tensors["query"], tensors["value"]
     shifts = _shifts(plan, tensors, tables)
 
-    def visit(number, carry, step):
+    def visit(box, carry):
         out, lse = carry
-        box = Box(plan, number, tensors, tables, step)
         shift = box.take_queries(shifts)[:, 0]
         weights = jnp.exp(box.logits() - shift[:, None])
         total = jnp.sum(weights, axis=1)
@@ -174,13 +174,13 @@ def _attend(plan: BoxPlan, tensors: dict, tables: dict) -> tuple[Array, Array]:
         tile_out = box.dot(weights, box.values()) / safe[:, None]
         tile_lse = jnp.where(seen, shift + jnp.log(safe), -jnp.inf)
         out = box.put_queries(out, tile_out.astype(out.dtype))
-        return (out, box.put_queries(lse, tile_lse[:, None])), None
+        return out, box.put_queries(lse, tile_lse[:, None])
 
     empty = (
         jnp.zeros((*query.shape[:-1], line_width(plan, value)), query.dtype),
         jnp.zeros((*query.shape[:-1], 1), plan.exact),
     )
-    out, lse = _run_loops(plan, visit, empty, len(query))
+    out, lse = _run_loops(plan, tensors, tables, visit, empty, with_rings=True)
     return out, lse[..., 0]
 
 
@@ -188,8 +188,7 @@ def _shifts(plan: BoxPlan, tensors: dict, tables: dict) -> Array:
     """What is subtracted from each query's logits, [batch, *units, *tile, heads, 1]."""
     bounds = logit_bounds(plan, tensors, tables)[..., None]
 
-    def visit(number, shifts, step):
-        box = Box(plan, number, tensors, tables, step)
+    def visit(box, shifts):
         shift = box.take_queries(bounds)
         # Only rows whose bound is too large take their maximum, so that no row's result depends on
         # what others see.
@@ -200,11 +199,11 @@ def _shifts(plan: BoxPlan, tensors: dict, tables: dict) -> Array:
             return jnp.where(too_large, jnp.where(top > HIDDEN / 2, top, 0), shift)
 
         shift = jax.lax.cond(jnp.any(too_large), with_maximum, lambda: shift)
-        return box.put_queries(shifts, shift), None
+        return box.put_queries(shifts, shift)
 
     return jax.lax.cond(
         jnp.any(_is_too_large(bounds)),
-        lambda: _run_loops(plan, visit, bounds, len(tensors["query"])),
+        lambda: _run_loops(plan, tensors, tables, visit, bounds),
         lambda: bounds,
     )
 
@@ -228,8 +227,7 @@ def _backward(plan, residuals, cotangents):
     lse = jnp.where(seen, lse, jnp.inf)
     per_row = jnp.stack([jnp.where(seen, delta, 0), lse], axis=-1)
 
-    def visit(number, bars, step):
-        box = Box(plan, number, tensors, tables, step)
+    def visit(box, bars):
         out_bar_tile = box.take_queries(out_bar)
         delta_tile, lse_tile = jnp.moveaxis(box.take_queries(per_row), -1, 0)
         if box.has_overlaps():
@@ -249,19 +247,66 @@ def _backward(plan, residuals, cotangents):
         bars["scale"] += jnp.sum(query_bar * box.take_queries(tensors["query"]))
         if "bias" in bars:
             bars["bias"] = bars["bias"] + box.bias_gradient(logits_bar)
-        return bars, None
+        return bars
 
     bars = {name: jnp.zeros(x.shape, plan.exact) for name, x in tensors.items()}
-    bars = _run_loops(plan, visit, bars, len(tensors["query"]))
+    bars = _run_loops(plan, tensors, tables, visit, bars)
     return {name: bars[name].astype(x.dtype) for name, x in tensors.items()}, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _run_loops(plan: BoxPlan, visit: Callable, carry: Any, batch: int) -> Any:
-    """One loop after the other, over tiles of one shape each."""
+def _run_loops(
+    plan: BoxPlan,
+    tensors: dict,
+    tables: dict,
+    visit: Callable[[Box, Any], Any],
+    carry: Any,
+    with_rings: bool = False,
+) -> Any:
+    """One loop after the other, over tiles of one shape each.
+
+    Args:
+        plan: of all loops.
+        tensors: what is attended to.
+        tables: what loops look up.
+        visit: makes the next carry from a step and a carry.
+        carry: the first.
+        with_rings: whether tiles that follow each other share their keys, where they can.
+    """
+    with_rings = with_rings and tables["key_mask"] is None and "bias" not in tensors
     for number, axes in enumerate(plan.loops):
-        steps = jnp.arange(batch * plan.kv_heads * len(plan.tiles(axes)), dtype=jnp.int32)
-        carry, _ = jax.lax.scan(jax.checkpoint(functools.partial(visit, number)), carry, steps)
+        count = len(tensors["query"]) * plan.kv_heads * len(plan.tiles(axes))
+        arguments = (plan, number, tensors, tables)
+        if with_rings and axes[-1].ring is not None:
+            carry = _run_rows(arguments, len(axes[-1].first), count, visit, carry)
+            continue
+
+        def step(carry, index, arguments=arguments):
+            return visit(Box(*arguments, index), carry), None
+
+        carry, _ = jax.lax.scan(jax.checkpoint(step), carry, jnp.arange(count, dtype=jnp.int32))
     return carry
+
+
+def _run_rows(arguments: tuple, row_length: int, count: int, visit: Callable, carry: Any) -> Any:
+    """A loop over rows of tiles, with rings of keys and values for each row."""
+
+    plan, number, tensors, _ = arguments
+
+    def row(carry, index):
+        carry, rings = carry
+
+        def step(carry, index):
+            carry, rings = carry
+            box = RingBox(*arguments, index, rings)
+            return (visit(box, carry), box.rings), None
+
+        rings = filled_rings(Box(*arguments, index), rings)
+        indices = index + jnp.arange(row_length, dtype=jnp.int32)
+        return jax.lax.scan(step, (carry, rings), indices)[0], None
+
+    carry = carry, empty_rings(plan, number, tensors)
+    carry, _ = jax.lax.scan(row, carry, jnp.arange(0, count, row_length, dtype=jnp.int32))
+    return carry[0]

@@ -15,7 +15,11 @@ def logit_bounds(plan: BoxPlan, tensors: dict, tables: dict) -> Array:
 
     The largest norm is that among the keys that the query sees, not of others.
     """
-    norm = lambda x: jnp.linalg.norm(x.astype(plan.exact), axis=-1)  # noqa: E731
+
+    def norm(x: Array) -> Array:
+        rows = x.reshape(-1, x.shape[-1]).astype(plan.exact)  # XLA's sums of more axes are slow
+        return jnp.linalg.norm(rows, axis=-1).reshape(x.shape[:-1])
+
     query, key = tensors["query"], tensors["key"]
     stored = (len(key), plan.kv_heads, *plan.kv_lengths, *plan.tile, line_width(plan, key))
     largest = _positions(jnp.moveaxis(norm(key.reshape(stored)), 1, -1), plan.rank)
