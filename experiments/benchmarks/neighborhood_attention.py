@@ -4,13 +4,15 @@
 
 Every case is timed against the best of four dense attentions: PyTorch's, three with a loop over
 chunks of queries, and our own with a window of the whole grid. Programs take turns in one process
-that is pinned to one core; what counts is its processor time, the least of the repetitions. The
+that is pinned to one core; what counts is its processor time, the least of the repetitions, and
+memory that is freed stays with the process, or pages are mapped anew by chance in some calls. The
 bound is that of `simulate` with the tiles of queries that are used and exact boxes of keys:
 tile pairs of dense attention / tile pairs visited. `fraction` is the speed-up over the bound.
 
 Writes experiments/results/neighborhood_attention.json and a figure of bounds against speed-ups.
 """
 
+import ctypes
 import dataclasses
 import functools
 import json
@@ -135,6 +137,13 @@ def torch_program(arrays: Sequence[Any], backward: bool) -> Program:
     return program
 
 
+def keep_memory() -> None:
+    """Lets glibc keep what is freed (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: at most 1 GB)."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        for option in (-1, -3):
+            mallopt(option, 2**30)
+
+
 def run(case: Case, backward: bool, repeats: int) -> dict[str, Any]:
     """Times one case."""
     normal = np.random.default_rng(0).normal
@@ -207,6 +216,7 @@ def main(_: Sequence[str]) -> None:
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
+    keep_memory()
     out = Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     table = {}
