@@ -167,11 +167,13 @@ class Box:
         for number, axis in enumerate(self.axes):
             if axis.seen is None:
                 continue
-            seen = self._set(self.arrays[number]["seen"])[self.at[number]]
-            first, end = self._spread(seen, number, self.q_edges, self.group).T
-            places = self._places(number, seen.dtype)
+            first, length = (
+                self._set(self.arrays[number][name])[self.at[number]]
+                for name in ("first", "length")
+            )
+            places = self._places(number, first.dtype)
             # Unsigned numbers go round, so that one comparison is enough; the narrower, the faster.
-            inside = of_keys(places) - of_rows(first) < of_rows(end - first)
+            inside = of_keys(places) - of_rows(first) < of_rows(length)
             visible = inside if visible is None else visible & inside
         if visible is not None and self._num_extra:
             visible |= of_keys(np.arange(len(places)) >= len(places) - self._num_extra)

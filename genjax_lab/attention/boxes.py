@@ -126,10 +126,7 @@ def box_attention(
         "rows": rows,
         "key_mask": key_mask,
         "places": () if bias is None else tuple(jnp.asarray(places) for places in bias_places),
-        "loops": tuple(
-            tuple(_arrays(part, step) for part, step in zip(axes, tile, strict=True))
-            for axes in loops
-        ),
+        "loops": tuple(_arrays(axes, tile, heads // kv_heads) for axes in loops),
     }
     if key_mask is not None:  # whatever hidden tokens hold
         key, value = (jnp.where(key_mask[..., None, None], x, 0) for x in (key, value))
@@ -150,13 +147,30 @@ def box_attention(
     return out, lse
 
 
-def _arrays(part: box_plan.AxisPlan, tile: int) -> dict[str, Array]:
-    """What a loop looks up, and what may be traced."""
-    arrays = {"kv_first": jnp.asarray(part.kv_first, jnp.int32)}
-    if part.seen is not None:
-        narrow = part.kv_edge * tile <= np.iinfo(np.uint16).max
-        arrays["seen"] = jnp.asarray(part.seen, jnp.uint16 if narrow else jnp.uint32)
-    return arrays
+def _arrays(axes: Sequence[box_plan.AxisPlan], tile: Sequence[int], group: int) -> tuple:
+    """What a loop looks up, and what may be traced: for each axis.
+
+    The first key that a row of a tile sees along the axis, and how many, are [n, tiles, rows]: a
+    row's own beside each other, so that looking them up does not hinder vector instructions.
+    """
+    arrays = []
+    for number, axis in enumerate(axes):
+        arrays.append({"kv_first": jnp.asarray(axis.kv_first, jnp.int32)})
+        if axis.seen is None:
+            continue
+        narrow = axis.kv_edge * tile[number] <= np.iinfo(np.uint16).max
+        seen = jnp.asarray(axis.seen, jnp.uint16 if narrow else jnp.uint32)
+        shape = [1] * (2 * len(axes) + 1)
+        shape[number], shape[len(axes) + number] = axis.q_edge, tile[number]
+        rows = (*(axis.q_edge for axis in axes), *tile, group)
+        first, end = (
+            jnp.broadcast_to(x.reshape(*x.shape[:2], *shape), (*x.shape[:2], *rows)).reshape(
+                *x.shape[:2], -1
+            )
+            for x in jnp.moveaxis(seen, -1, 0)
+        )
+        arrays[-1] |= {"first": first, "length": end - first}
+    return tuple(arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
