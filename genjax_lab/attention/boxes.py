@@ -36,6 +36,7 @@ from genjax_lab.attention.logit_bounds import logit_bounds
 # Largest bound of the logits that is subtracted instead of their maximum: exp(-2 * 30) is far from
 # what float32 cannot hold.
 _LARGEST_SHIFT = 30.0
+_NARROW = 2**14  # tokens of a box whose places, also turned in a ring, are counted in 16 bits
 _TRACED_TILE = 256  # queries of a tile where windows are not known beforehand
 
 
@@ -150,15 +151,15 @@ def box_attention(
 def _arrays(axes: Sequence[box_plan.AxisPlan], tile: Sequence[int], group: int) -> tuple:
     """What a loop looks up, and what may be traced: for each axis.
 
-    The first key that a row of a tile sees along the axis, and how many, are [n, tiles, rows]: a
-    row's own beside each other, so that looking them up does not hinder vector instructions.
+    The first key of the box that a query sees along the axis, and how many, are [n, tiles, rows]:
+    those of a tile's rows beside each other, so that vector instructions can load them.
     """
     arrays = []
     for number, axis in enumerate(axes):
         arrays.append({"kv_first": jnp.asarray(axis.kv_first, jnp.int32)})
         if axis.seen is None:
             continue
-        narrow = axis.kv_edge * tile[number] <= np.iinfo(np.uint16).max
+        narrow = axis.kv_edge * tile[number] < _NARROW
         seen = jnp.asarray(axis.seen, jnp.uint16 if narrow else jnp.uint32)
         shape = [1] * (2 * len(axes) + 1)
         shape[number], shape[len(axes) + number] = axis.q_edge, tile[number]
@@ -306,7 +307,6 @@ def _run_loops(
 
 def _run_rows(arguments: tuple, row_length: int, count: int, visit: Callable, carry: Any) -> Any:
     """A loop over rows of tiles, with rings of keys and values for each row."""
-
     plan, number, tensors, _ = arguments
 
     def row(carry, index):

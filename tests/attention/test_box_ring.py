@@ -96,3 +96,14 @@ def test_slots_of_all_kinds_of_axes():
                 units = first + np.arange(part.kv_edge)
                 assert np.array_equal(slots[(units - last) % ring.slots], units)
     assert kinds >= {(False, False), (False, True), (True, False)}
+
+
+def test_places_may_need_more_bits(rings, monkeypatch):
+    monkeypatch.setattr(boxes, "_NARROW", 0)  # as for boxes of more than 16384 tokens
+    tensors = np.random.default_rng(0).normal(size=(3, 1, 36, 1, 8)).astype(np.float32)
+    expected, found = (
+        neighborhood_attention(*tensors, Spec(12), q_tile=(6,), implementation=name)
+        for name in ("reference", "xla")
+    )
+    assert rings == [Ring(18, 6, 6)]
+    np.testing.assert_allclose(found, expected, atol=5e-6)
