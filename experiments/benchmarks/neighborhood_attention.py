@@ -138,10 +138,11 @@ def torch_program(arrays: Sequence[Any], backward: bool) -> Program:
 
 
 def keep_memory() -> None:
-    """Lets glibc keep what is freed (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: at most 1 GB)."""
+    """Lets glibc keep what is freed: one arena, up to 1 GB untrimmed, nothing mapped by itself."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        for option in (-1, -3):
-            mallopt(option, 2**30)
+        arena_max, trim_threshold, mmap_max = -8, -1, -4
+        for option, number in ((arena_max, 1), (trim_threshold, 2**30), (mmap_max, 0)):
+            mallopt(option, number)
 
 
 def run(case: Case, backward: bool, repeats: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from genjax_lab.attention import box_plan
 from genjax_lab.attention.box_ring import RingBox, empty_rings, filled_rings
 from genjax_lab.attention.box_step import HIDDEN, Box, BoxPlan, in_lines, line_width
-from genjax_lab.attention.logit_bounds import logit_bounds
+from genjax_lab.attention.logit_bounds import logit_bounds, norms
 
 # Largest bound of the logits that is subtracted instead of their maximum: exp(-2 * 30) is far from
 # what float32 cannot hold.
@@ -131,6 +131,8 @@ def box_attention(
     }
     if key_mask is not None:  # whatever hidden tokens hold
         key, value = (jnp.where(key_mask[..., None, None], x, 0) for x in (key, value))
+    # Of keys as they are: of those in lines they would be computed from another copy.
+    tables["key_norms"] = norms(jax.lax.stop_gradient(key), exact)
     tensors = {
         "query": query,
         "key": in_lines(key, rank),

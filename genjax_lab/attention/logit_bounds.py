@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from genjax_lab.attention.box_step import BoxPlan, line_width
+from genjax_lab.attention.box_step import BoxPlan
+
+
+def norms(x: Array, dtype: jnp.dtype) -> Array:
+    """Euclidean norms along the last axis."""
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)  # XLA's sums of more axes are slow
+    return jnp.linalg.norm(rows, axis=-1).reshape(x.shape[:-1])
 
 
 def logit_bounds(plan: BoxPlan, tensors: dict, tables: dict) -> Array:
@@ -16,25 +22,20 @@ def logit_bounds(plan: BoxPlan, tensors: dict, tables: dict) -> Array:
     The largest norm is that among the keys that the query sees, not of others.
     """
 
-    def norm(x: Array) -> Array:
-        rows = x.reshape(-1, x.shape[-1]).astype(plan.exact)  # XLA's sums of more axes are slow
-        return jnp.linalg.norm(rows, axis=-1).reshape(x.shape[:-1])
-
-    query, key = tensors["query"], tensors["key"]
-    stored = (len(key), plan.kv_heads, *plan.kv_lengths, *plan.tile, line_width(plan, key))
-    largest = _positions(jnp.moveaxis(norm(key.reshape(stored)), 1, -1), plan.rank)
+    query = tensors["query"]
+    largest = _positions(tables["key_norms"], plan.rank)
     for number, (start, end) in enumerate(tables["bounds"]):
         largest = _largest_between(
             largest, number + 1, start, end, tables["rows"], plan.longest[number]
         )
     largest = _in_tiles(largest, query.shape, plan.rank)
     if "extra_key" in tensors:
-        extra = jnp.max(norm(tensors["extra_key"]), axis=1)
+        extra = jnp.max(norms(tensors["extra_key"], plan.exact), axis=1)
         extra = extra.reshape(len(query), *(1,) * (2 * plan.rank), -1)
         largest = jnp.maximum(largest, extra)
     heads = query.shape[-2]
     largest = jnp.repeat(largest, heads // plan.kv_heads, axis=-1)
-    shift = jnp.abs(tensors["scale"]) * norm(query) * largest
+    shift = jnp.abs(tensors["scale"]) * norms(query, plan.exact) * largest
     if "bias" in tensors:
         bias = tensors["bias"].astype(plan.exact)
         shift += jnp.max(jnp.abs(bias).reshape(heads, -1), axis=-1)
