@@ -192,10 +192,12 @@ def draw(table: dict[str, dict[str, Any]], path: Path) -> float | None:
         points = [(b, r) for b, r, keep in zip(bounds, reached, chosen, strict=True) if keep]
         if points:
             axes.plot(*zip(*points, strict=True), "o", label=label)
-    for name, x, y in zip(table, bounds, reached, strict=True):
-        axes.annotate(name, (x, y), fontsize=6, xytext=(4, -2), textcoords="offset points")
+    by_height = sorted(zip(reached, bounds, table, strict=True))
+    for rank, (y, x, name) in enumerate(by_height):  # neighbors' labels on two sides
+        side = {"ha": "right", "xytext": (-5, -2)} if rank % 2 else {"xytext": (5, -2)}
+        axes.annotate(name, (x, y), fontsize=6, textcoords="offset points", **side)
     axes.set(
-        xlim=(0.9, 2 * max(bounds)),
+        xlim=(0.5, 2.5 * max(bounds)),
         xscale="log",
         yscale="log",
         xlabel="simulated bound",
