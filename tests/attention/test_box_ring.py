@@ -107,3 +107,14 @@ def test_places_may_need_more_bits(rings, monkeypatch):
     )
     assert rings == [Ring(18, 6, 6)]
     np.testing.assert_allclose(found, expected, atol=5e-6)
+
+
+def test_rings_have_no_further_slots_where_nothing_is_masked(rings):
+    tensors = np.random.default_rng(0).normal(size=(3, 1, 48, 1, 8)).astype(np.float32)
+    spec = Spec(13, 6)  # 13 slots would be renewed in six pieces, 18 are more than what is seen
+    expected, found = (
+        neighborhood_attention(*tensors, spec, q_tile=(6,), implementation=name)
+        for name in ("reference", "xla")
+    )
+    assert not rings
+    np.testing.assert_allclose(found, expected, atol=5e-6)
