@@ -110,8 +110,8 @@ def test_places_may_need_more_bits(rings, monkeypatch):
 
 
 def test_rings_have_no_further_slots_where_nothing_is_masked(rings):
-    tensors = np.random.default_rng(0).normal(size=(3, 1, 48, 1, 8)).astype(np.float32)
-    spec = Spec(13, 6)  # 13 slots would be renewed in six pieces, 18 are more than what is seen
+    tensors = np.random.default_rng(0).normal(size=(3, 1, 49, 1, 8)).astype(np.float32)
+    spec = Spec(13, 6)  # in 13 slots what is new would be six pieces; 15 are more than is seen
     expected, found = (
         neighborhood_attention(*tensors, spec, q_tile=(6,), implementation=name)
         for name in ("reference", "xla")
